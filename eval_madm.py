@@ -1,0 +1,268 @@
+"""Evaluate a trained model on the labelled target split of its task.
+
+    python eval_madm.py --model_path outputs/depth --data_dir data --output_dir outputs/depth/evaluation
+
+Several processes give exactly the numbers of one: `accelerate launch --num_processes 2 eval_madm.py ...`.
+
+Two protocols: `paper` is the published one, image and label at the training resolution (512x512). `native` brings the
+logits to each label's own size before the class is chosen, so that every labelled pixel counts.
+
+The output folder gets
+
+    metrics.json           scores, per-class IoU and accuracy, confusion matrix (K x K, rows prediction, columns label)
+    confusion_matrix.csv   the same matrix with class names, and the ignored pixels in a last column
+    confusion_matrix.png   the same in percent of the labelled pixels of each class
+    pictures/              input, label and prediction of images spread evenly over the split
+
+and nothing unless the evaluation completes. An earlier evaluation in the same folder is replaced.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from madm_utils.cli import UserError, run
+from madm_utils.hub import versions
+from madm_utils.tasks import TASKS, Task, load_task
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from madm_utils.datasets import EvaluationDataset
+    from madm_utils.modeling_madm import MADMModel
+
+# What decides the numbers of an evaluation: a task that differs here is another task.
+TASK_FIELDS = ("name", "target", "class_names", "palette", "target_label_map")
+PICTURE_NAME = re.compile(r"\d{5}_.+\.png")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # fmt: off
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
+    group.add_argument("--weights", choices=["student", "teacher"], default="student",
+                       help="which segmenter; student is the published choice (default: %(default)s)")
+    group.add_argument("--task", metavar="NAME", help=f"check that the model is of this task: {', '.join(TASKS)}")
+    group.add_argument("--task_config", metavar="FILE", help="the same for your own task file")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_dir", required=True, type=Path, help="folder written by prepare_datasets.py")
+    group.add_argument("--split", default="test", help="labelled split of the target dataset (default: %(default)s)")
+    group.add_argument("--protocol", choices=["paper", "native"], default="paper",
+                       help="labels at the training resolution, or at their own size (default: %(default)s)")
+    group.add_argument("--max_samples", type=int, metavar="N",
+                       help="only the first N images, for a quick look (default: all)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch_size", type=int, default=1, help="images per process (default: %(default)s)")
+    group.add_argument("--dataloader_num_workers", type=int, default=2, help="per process (default: %(default)s)")
+    group.add_argument("--num_cpu_threads", type=int, metavar="N",
+                       help="per process, where there is no GPU; rounding depends on it (default: all cores)")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
+                       help="autocast; the published evaluation used fp16 (default: %(default)s)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, type=Path, help="folder for the results")
+    group.add_argument("--num_pictures", type=int, default=8, metavar="N",
+                       help="sample pictures, 0 for none (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.task and args.task_config:
+        parser.error("give --task or --task_config, not both")
+    least = {"batch_size": 1, "max_samples": 1, "num_cpu_threads": 1, "num_pictures": 0, "dataloader_num_workers": 0}
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            parser.error(f"--{name} is {value}; expected at least {bound}")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file; give a folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    args = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # On the CPU every process computes with all cores (below); waiting threads must sleep, not spin.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    expected = load_task(args.task, args.task_config) if args.task or args.task_config else None
+
+    import torch
+
+    from madm_utils.datasets import EvaluationDataset
+    from madm_utils.metrics import format_scores, scores
+    from madm_utils.modeling_madm import MADMModel
+    from madm_utils.pipeline_madm import inference_accelerator
+
+    accelerator = inference_accelerator(args.mixed_precision)
+    if accelerator.device.type == "cpu":
+        # Launchers give each of several processes a single thread. Sums in another order move logits by 1e-5, which
+        # flips a pixel now and then: one and several processes would disagree.
+        torch.set_num_threads(args.num_cpu_threads or available_cores())
+    model = MADMModel.from_pretrained(args.model_path, weights=args.weights).to(accelerator.device)
+    if expected is not None:
+        check_task(model.task, expected, args.model_path)
+    dataset = EvaluationDataset(args.data_dir, model.task, args.split, model.resolution, args.protocol)
+    num_images = min(len(dataset), args.max_samples or len(dataset))
+    confusion, pictures = evaluate(accelerator, model, dataset, num_images, args)
+    if not accelerator.is_main_process:
+        return
+    result = scores(confusion, model.task.class_names)
+    classes = model.task.num_classes
+    report = {
+        "task": model.task.name,
+        "split": args.split,
+        "protocol": args.protocol,
+        "num_images": num_images,
+        **result,
+        "confusion_matrix": confusion[:classes, :classes].tolist(),
+        "class_names": list(model.task.class_names),
+        "model": str(args.model_path),
+        "settings": {
+            "weights": args.weights, "resolution": model.resolution, "mixed_precision": args.mixed_precision,
+        },
+        "versions": versions(),
+    }  # fmt: skip
+    write_results(args.output_dir, report, confusion, pictures)
+    print(
+        f"{model.task.name}, {args.split} split, protocol {args.protocol}, {num_images} images, {args.weights}, in %"
+    )
+    print(format_scores(result))
+    print(f"results: {args.output_dir}")
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_task(of_model: Task, expected: Task, model_path: str) -> None:
+    """Refuse a model that was trained for another task than the one asked for."""
+    different = [name for name in TASK_FIELDS if getattr(of_model, name) != getattr(expected, name)]
+    if different:
+        raise UserError(
+            f"{model_path} is a checkpoint of another task: it was trained for '{of_model.name}', expected "
+            f"'{expected.name}' (different: {', '.join(different)}). Leave --task and --task_config out to "
+            "evaluate it on its own task, or give a model of the expected one."
+        )
+
+
+def evaluate(
+    accelerator: "Accelerator",
+    model: "MADMModel",
+    dataset: "EvaluationDataset",
+    num_images: int,
+    args: argparse.Namespace,
+) -> tuple["np.ndarray", dict[str, bytes]]:
+    """Run the model over the first `num_images` images. Collective: every process calls it.
+
+    Process r of n takes the batches r, r + n, r + 2n, ...: no image is seen twice, every batch holds the same images
+    for any n (rounding depends on the batch), and the int64 sum does not depend on the order.
+
+    Returns:
+        Confusion matrix over all processes, int64 (K+1, K+1), and the sample pictures as PNG bytes by file name.
+    """
+    import torch
+    from accelerate.utils import gather_object
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from madm_utils.metrics import confusion_matrix
+    from madm_utils.pipeline_madm import finite, resize_logits
+
+    classes = model.task.num_classes
+    device = accelerator.device
+    batches = [range(k, min(k + args.batch_size, num_images)) for k in range(0, num_images, args.batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=mine,
+        num_workers=min(args.dataloader_num_workers, len(mine)),
+        collate_fn=dataset.collate,
+    )
+    shown = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).round().astype(int).tolist())
+    confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=device)
+    pictures: dict[str, bytes] = {}
+    progress = tqdm(total=sum(map(len, mine)), desc="evaluate", unit="image", disable=not accelerator.is_main_process)
+    for batch in loader:
+        with torch.no_grad(), accelerator.autocast():
+            logits = finite(model(batch["image"].to(device) / 255).logits)
+        for image, label, index, one in zip(batch["image"], batch["label"], batch["index"], logits, strict=True):
+            name = dataset.file_name(int(index))
+            pred = resize_logits(one, tuple(label.shape)).argmax(0)
+            try:
+                confusion += confusion_matrix(pred, label.to(device), classes)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            if int(index) in shown:
+                key = f"{int(index):05d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.png"
+                pictures[key] = picture(image, label, pred, model.task, name)
+        progress.update(len(batch["image"]))
+    progress.close()
+    confusion = accelerator.reduce(confusion, reduction="sum")
+    everyone = gather_object([pictures])
+    accelerator.end_training()
+    return confusion.cpu().numpy(), {name: data for part in everyone for name, data in part.items()}
+
+
+def picture(image: "torch.Tensor", label: "torch.Tensor", pred: "torch.Tensor", task: Task, name: str) -> bytes:
+    """PNG of input, label and prediction side by side; image (3, R, R) uint8, label and pred (h, w) class ids."""
+    from PIL import Image
+
+    from madm_utils.visualization import colorize, picture_grid
+
+    height, width = label.shape
+    pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((width, height))
+    colors = [colorize(ids.cpu().numpy().astype(np.uint8), task.palette) for ids in (label, pred)]
+    legend = dict(zip(task.class_names, task.palette, strict=True)) | {"not labelled": (0, 0, 0)}
+    grid = picture_grid([[np.asarray(pixels), *colors]], ["input", "label", "prediction"], [name], legend)
+    buffer = io.BytesIO()
+    grid.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_results(output_dir: Path, report: dict[str, Any], confusion: np.ndarray, pictures: dict[str, bytes]) -> None:
+    """Write all files into a temporary folder, then move them over those of an earlier evaluation, metrics last."""
+    from madm_utils.visualization import save_confusion_plot
+
+    earlier = (output_dir / "metrics.json").exists()
+    staging = output_dir / f".evaluation.tmp-{os.getpid()}"
+    try:
+        staging.mkdir(parents=True)
+        with open(staging / "confusion_matrix.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["prediction \\ label", *report["class_names"], "ignored"])
+            rows = zip(report["class_names"], confusion[:-1].tolist(), strict=True)
+            writer.writerows([name, *counts] for name, counts in rows)
+        save_confusion_plot(confusion, report["class_names"], staging / "confusion_matrix.png")
+        for name, data in pictures.items():
+            (staging / name).write_bytes(data)
+        (staging / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+        (output_dir / "pictures").mkdir(exist_ok=True)
+        if earlier:  # otherwise what lies there is not ours
+            for old in (output_dir / "pictures").iterdir():
+                if PICTURE_NAME.fullmatch(old.name) and old.name not in pictures:
+                    old.unlink()
+        for name in pictures:
+            os.replace(staging / name, output_dir / "pictures" / name)
+        for name in ("confusion_matrix.csv", "confusion_matrix.png", "metrics.json"):
+            os.replace(staging / name, output_dir / name)
+    except OSError as error:
+        raise UserError(f"cannot write the results to {output_dir} ({error}); give another --output_dir") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""Class mix and strong augmentation on the device; pure functions of tensors and explicit random draws."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+JITTER_STRENGTH = 0.2
+BLUR_SIGMA = (0.15, 1.15)
+
+
+def class_mix_masks(labels: Tensor, rng: np.random.Generator, scope: str = "batch") -> Tensor:
+    """ClassMix (2007.07936): for every image choose half of the classes (rounded up); the mask is their pixels.
+
+    Args:
+        labels: (B, H, W) int64 source labels.
+        rng: draws the classes.
+        scope: `batch`: every image chooses among the classes of the whole local batch, 255 included (published);
+            `image`: among the classes of its own label, 255 excluded.
+
+    Returns:
+        (B, H, W) bool, True where the source pixel is pasted.
+    """
+    batch_classes = labels.unique()
+    masks = []
+    for label in labels:
+        classes = batch_classes if scope == "batch" else label[label != 255].unique()
+        chosen = rng.choice(len(classes), (len(classes) + 1) // 2, replace=False)
+        masks.append(torch.isin(label, classes[torch.as_tensor(chosen, device=classes.device)]))
+    return torch.stack(masks)
+
+
+def mix(mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """`source` where the (B, H, W) mask is True, else `target`; (B, H, W) or (B, C, H, W)."""
+    return torch.where(mask[:, None] if source.dim() == 4 else mask, source, target)
+
+
+def strong_augment(
+    images: Tensor, rng: random.Random, jitter_probability: float = 0.8, blur_probability: float = 0.5
+) -> Tensor:
+    """Colour jitter and Gaussian blur of the mixed images (B, 3, H, W) in [0, 1].
+
+    Whether each is applied is drawn once for the batch, the parameters per image (DAFormer, MADM).
+    """
+    jitter, blur = rng.random() > 1 - jitter_probability, rng.random() > 1 - blur_probability
+    if jitter:
+        images = torch.stack([color_jitter(image, **draw_jitter(rng)) for image in images])
+    if blur:
+        images = torch.stack([gaussian_blur(image, rng.uniform(*BLUR_SIGMA)) for image in images])
+    return images
+
+
+def draw_jitter(rng: random.Random, strength: float = JITTER_STRENGTH) -> dict:
+    """Parameters of `color_jitter`: factors in 1 +- strength, hue in +- strength turns, random order."""
+    factors = {name: rng.uniform(1 - strength, 1 + strength) for name in ("brightness", "contrast", "saturation")}
+    return {**factors, "hue": rng.uniform(-strength, strength), "order": rng.sample(range(4), 4)}
+
+
+def color_jitter(
+    image: Tensor, brightness: float, contrast: float, saturation: float, hue: float, order: Sequence[int]
+) -> Tensor:
+    """Colour jitter of one (3, H, W) image in [0, 1], as kornia 0.6.0 computes it (today's `ColorJiggle`).
+
+    Args:
+        image: RGB in [0, 1].
+        brightness: `brightness - 1` is added.
+        contrast: the image is multiplied by it (no mean subtraction).
+        saturation: multiplies the saturation in HSV.
+        hue: added to the hue, in turns.
+        order: permutation of 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue).
+    """
+    for operation in order:
+        if operation == 0:
+            image = (image + (brightness - 1)).clamp(0, 1)
+        elif operation == 1:
+            image = (image * contrast).clamp(0, 1)
+        else:
+            h, s, v = rgb_to_hsv(image)
+            if operation == 2:
+                s = (s * saturation).clamp(0, 1)
+            else:
+                h = h + hue
+            image = hsv_to_rgb(h, s, v).clamp(0, 1)
+    return image
+
+
+def rgb_to_hsv(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(3, H, W) in [0, 1] -> hue in turns [0, 1), saturation [0, 1], value [0, 1], each (H, W)."""
+    value, argmax = image.max(dim=0)
+    delta = value - image.min(dim=0).values
+    saturation = delta / (value + 1e-8)
+    red, green, blue = (value - image) / torch.where(delta == 0, torch.ones_like(delta), delta)
+    sextant = torch.stack([blue - green, 2 + red - blue, 4 + green - red]).gather(0, argmax[None])[0]
+    return torch.where(delta == 0, torch.zeros_like(delta), sextant / 6) % 1, saturation, value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Inverse of `rgb_to_hsv`; the hue may be any number of turns. Returns (3, H, W)."""
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device, dtype=hue.dtype)[:, None, None]
+    k = (offsets + hue * 6) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur_kernel_size(length: int) -> int:
+    """Odd kernel width of about a tenth of the image side (51 at 512)."""
+    tenth = math.ceil(0.1 * length)
+    return math.floor(tenth - 0.5 + tenth % 2)
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur of one (C, H, W) image with reflect padding; kernel sizes from `blur_kernel_size`."""
+    channels, height, width = image.shape
+    for axis, length in ((-2, height), (-1, width)):
+        size = blur_kernel_size(length)
+        x = torch.arange(size, device=image.device, dtype=image.dtype) - size // 2
+        kernel = torch.exp(-(x**2) / (2 * sigma**2))
+        shape = (1, 1, size, 1) if axis == -2 else (1, 1, 1, size)
+        kernel = (kernel / kernel.sum()).view(shape).expand(channels, 1, *shape[2:])
+        padding = (0, 0, size // 2, size // 2) if axis == -2 else (size // 2, size // 2, 0, 0)
+        image = F.conv2d(F.pad(image[None], padding, mode="reflect"), kernel, groups=channels)[0]
+    return image

@@ -1,0 +1,248 @@
+"""Loading Stable Diffusion parts and our own saved parts, strictly; LoRA in the diffusers format.
+
+Everything that reads weights from disk or the Hub is here. Nothing but safetensors and JSON is read.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from madm_utils.cli import UserError
+
+PARTS = ("vae", "unet", "scheduler", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class BaseModelReference:
+    """A Stable Diffusion 1.x/2.x model in diffusers layout: local folder or Hub id."""
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+
+    def to_dict(self) -> dict:
+        """JSON form; a local folder becomes absolute, so that the saved model loads from any working directory."""
+        path = Path(self.pretrained_model_name_or_path)
+        values = dataclasses.asdict(self)
+        if path.is_dir():
+            values["pretrained_model_name_or_path"] = str(path.resolve())
+        return values
+
+
+def _check_base_folder(base: BaseModelReference) -> None:
+    """Refuse a local folder that lacks a part, before anything is loaded; Hub ids are left to the loaders."""
+    name = base.pretrained_model_name_or_path
+    path = Path(name)
+    if not path.is_dir():
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+        if looks_local or path.exists():
+            raise UserError(
+                f"base model {name}: no such folder; give a Stable Diffusion folder in diffusers layout or a Hub id "
+                "such as CompVis/stable-diffusion-v1-4 (--pretrained_model_name_or_path)"
+            )
+        return
+    missing = [part for part in PARTS if not (path / part).is_dir()]
+    if missing:
+        found = sorted(p.name for p in path.iterdir())
+        raise UserError(
+            f"base model {name} lacks {', '.join(missing)}; a Stable Diffusion folder in diffusers layout has "
+            f"{', '.join(PARTS)}, found: {', '.join(found) or 'nothing'}"
+        )
+
+
+def _load(base: BaseModelReference, cls, part: str, **options):
+    """`cls.from_pretrained` of one part with a one-line error."""
+    if base.revision is not None:
+        options["revision"] = base.revision
+    if base.variant is not None and part in ("vae", "unet", "text_encoder"):
+        options["variant"] = base.variant
+    try:
+        return cls.from_pretrained(base.pretrained_model_name_or_path, subfolder=part, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"cannot load '{part}' of base model {base.pretrained_model_name_or_path}: {reason}. "
+            "Check the name, --revision, --variant and the network, or give a local folder."
+        ) from None
+
+
+def load_vae(base: BaseModelReference, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The VAE of the base model."""
+    _check_base_folder(base)
+    return _load(base, AutoencoderKL, "vae", torch_dtype=dtype)
+
+
+def load_scheduler(base: BaseModelReference) -> DDPMScheduler:
+    """The noise schedule, as a DDPM scheduler whatever sampler the base model names."""
+    return _load(base, DDPMScheduler, "scheduler")
+
+
+def load_unet(base: BaseModelReference, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The UNet of the base model."""
+    return _load(base, UNet2DConditionModel, "unet", torch_dtype=dtype)
+
+
+def load_unet_config(base: BaseModelReference) -> dict:
+    """Configuration of the base model's UNet, for UNets whose weights come from elsewhere."""
+    try:
+        return UNet2DConditionModel.load_config(
+            base.pretrained_model_name_or_path, subfolder="unet", revision=base.revision
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"cannot load 'unet' of base model {base.pretrained_model_name_or_path}: {reason}") from None
+
+
+def vae_scale(vae: AutoencoderKL) -> int:
+    """Image pixels per latent pixel of `vae`."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def empty_text_embedding(base: BaseModelReference) -> Tensor:
+    """Embedding of the empty prompt, (1, tokens, D) float32: final layer norm applied, no attention mask."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = _load(base, CLIPTokenizer, "tokenizer")
+    text_encoder = _load(base, CLIPTextModel, "text_encoder", dtype=torch.float32).eval()
+    length = text_encoder.config.max_position_embeddings
+    tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids).last_hidden_state
+
+
+def local_folder(name: str | Path, revision: str | None = None, expected: str = "") -> Path:
+    """A local folder for a folder or a Hub id; `expected` is the file that proves it is ours.
+
+    Raises:
+        UserError: no such folder, unreachable Hub repository, or `expected` is not in it.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+            raise UserError(f"model {name}: no such folder; give a run folder, one of its checkpoints, or a Hub id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(str(name), revision=revision))
+        except Exception as error:  # the Hub client raises many unrelated types, all meaning "not to be had"
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model {name}: no such folder, and not to be had from the Hub ({reason})") from None
+    if expected and not (path / expected).is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+        raise UserError(
+            f"{path} is not a trained model: it lacks {expected} (found: {found}). Give the --output_dir of a "
+            "training run, one of its checkpoint folders, or a converted checkpoint."
+        )
+    return path
+
+
+def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: str | Path) -> None:
+    """Raise `UserError` listing every missing, unexpected and mis-shaped tensor."""
+    problems = []
+    for title, keys in (
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("unexpected", sorted(found.keys() - expected.keys())),
+        (
+            "mis-shaped",
+            [
+                f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+                for key in sorted(expected.keys() & found.keys())
+                if found[key].shape != expected[key].shape
+            ],
+        ),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {title}: {', '.join(keys)}")
+    if problems:
+        raise UserError(f"{where}: tensors do not fit the model; {'; '.join(problems)}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; the folder is incomplete, copy or download it again") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy or download it again") from None
+
+
+def load_strict(cls: type[ModelMixin], folder: Path, part: str) -> ModelMixin:
+    """Load the diffusers model in `folder/part`, float32, refusing any key or shape that does not fit."""
+    path = folder / part
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is missing or lacks config.json; the folder is incomplete, copy or download it again")
+    model = cls.from_config(cls.load_config(path))
+    restore_strict(model, folder, part)
+    return model
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
+    """Write the adapter in the diffusers format with its alpha, so that plain diffusers loads it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    StableDiffusionPipeline.save_lora_weights(
+        save_directory=folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter)),
+        # Without the metadata a reader takes alpha = rank and gets other outputs.
+        unet_lora_adapter_metadata=unet.peft_config[adapter].to_dict(),
+    )
+
+
+def load_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
+    """Add the adapter saved in `folder` to `unet` and make it active; every tensor must fit and be used."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    saved = _read_safetensors(path)
+    state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(folder), weight_name=LORA_WEIGHT_NAME_SAFE, return_lora_metadata=True
+    )
+    try:
+        unet.load_lora_adapter(state, prefix="unet", adapter_name=adapter, metadata=metadata, low_cpu_mem_usage=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{path} does not fit the UNet of the base model: {reason}") from None
+    check_keys(_lora_state(unet, adapter), saved, path)
+
+
+def restore_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
+    """Put the tensors saved in `folder` into the adapter that `unet` already has."""
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    saved = _read_safetensors(path)
+    check_keys(_lora_state(unet, adapter), saved, path)
+    state = {key.removeprefix("unet."): value for key, value in saved.items()}
+    set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=adapter)
+
+
+def _lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of the diffusers file format; empty when there is no such adapter."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    if adapter not in getattr(unet, "peft_config", {}):
+        return {}
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))
+    return {f"unet.{key}": value for key, value in state.items()}
+
+
+def restore_strict(module: ModelMixin, folder: Path, part: str) -> None:
+    """Put the tensors saved in `folder/part` into `module`, refusing any key or shape that does not fit."""
+    path = folder / part / SAFETENSORS_WEIGHTS_NAME
+    state = _read_safetensors(path)
+    check_keys(module.state_dict(), state, path)
+    module.load_state_dict(state)

@@ -1,0 +1,216 @@
+"""What training and evaluation read: pairs of source and target crops, and labelled target images."""
+
+import random
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from madm_utils.cli import UserError
+from madm_utils.label_spaces import IGNORE_INDEX, lookup_table
+from madm_utils.prepared_data import Metadata, decode_image, open_split
+from madm_utils.sampling import RareClassSampler, evenly_spaced
+from madm_utils.tasks import TASKS, LabelMap, Task
+from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_label
+
+if TYPE_CHECKING:
+    import datasets
+
+PROTOCOLS = ("paper", "native")
+
+
+class AdaptationDataset(Dataset):
+    """Random training crops: a labelled source image and an unlabelled target image.
+
+    Item `k` is a function of (seed, k) and the prepared data alone, whatever the number of workers or processes.
+    Draws per item (MADM, section Data): index, [class and image of rare-class sampling], flip, x, y of the source,
+    flip, x, y of the target. A rare-class crop that shows too little of its class is drawn again, flip included.
+
+    Items: `source_image` uint8 (3, R, R), `source_label` int64 (R, R) in task ids with 255 = ignore, and, with
+    `target`, `target_image` uint8 (3, R, R).
+
+    Args:
+        data_dir: prepared data, as `prepare_datasets.py --output_dir` wrote it.
+        resolution: side R of the crops; the images are resized to the sizes of the task scaled to it.
+        num_samples: length of the dataset, e.g. steps x batch.
+        max_train_samples: use at most this many source and target images, evenly spaced.
+        target: `False` reads no target data (training on the source only).
+
+    Raises:
+        UserError: the data is not prepared, does not fit the task, or offers nothing to rare-class sampling.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        task: Task,
+        resolution: int,
+        num_samples: int,
+        seed: int,
+        rare_class_sampling: bool = True,
+        rare_class_temperature: float = 0.01,
+        rare_class_min_pixels: int = 3000,
+        max_train_samples: int | None = None,
+        target: bool = True,
+    ):
+        self.resolution, self.num_samples, self.seed = resolution, num_samples, seed
+        self.source_size = task.scaled_size(task.source_size, resolution)
+        self.target_size = task.scaled_size(task.target_size, resolution)
+        source, metadata = open_task_split(data_dir, task, task.source, "train", labelled=True)
+        self._label_table = label_table(metadata, task, task.source_label_map, "source_label_map")
+        source = source.select(evenly_spaced(len(source), max_train_samples))
+        self.sampler = None
+        if rare_class_sampling:
+            counts = np.array(source["class_pixel_counts"][:], np.int64)
+            self.sampler = RareClassSampler(counts, rare_class_temperature, rare_class_min_pixels)
+        self._source = source.select_columns(["image", "label"])
+        self._target = None
+        if target:
+            images, _ = open_task_split(data_dir, task, task.target, "train", labelled=False)
+            self._target = images.select(evenly_spaced(len(images), max_train_samples)).select_columns(["image"])
+
+    @property
+    def num_source(self) -> int:
+        """Labelled source images."""
+        return len(self._source)
+
+    @property
+    def num_target(self) -> int:
+        """Target images; 0 when training on the source only."""
+        return 0 if self._target is None else len(self._target)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        if not 0 <= k < self.num_samples:
+            raise IndexError(f"sample {k} of {self.num_samples}")
+        rng = random.Random(f"{self.seed}-{k}")
+        pair = rng.randrange(self.num_source * max(1, self.num_target))
+        image, label = self._source_crop(rng, pair % self.num_source)
+        sample = {"source_image": _to_chw(image), "source_label": torch.from_numpy(label.astype(np.int64))}
+        if self._target is not None:
+            sample["target_image"] = _to_chw(self._target_crop(rng, pair % self.num_target))
+        return sample
+
+    def _source_crop(self, rng: random.Random, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (R, R, 3) image and uint8 (R, R) label in task ids; rare-class sampling replaces `index`."""
+        side, class_id = self.resolution, None
+        if self.sampler is not None:
+            class_id, index = self.sampler.draw(rng)
+        row = self._source[index]
+        image = np.asarray(resize_image(decode_image(row["image"]).convert("RGB"), self.source_size))
+        label = np.asarray(resize_label(decode_image(row["label"]), self.source_size))
+        crop = draw_crop(rng, self.source_size, side)
+        if class_id is not None:
+            for _ in range(self.sampler.max_crops):
+                if self.sampler.accepts(apply_crop(label, crop, side), class_id):
+                    break
+                crop = draw_crop(rng, self.source_size, side)
+        return apply_crop(image, crop, side), self._label_table[apply_crop(label, crop, side)]
+
+    def _target_crop(self, rng: random.Random, index: int) -> np.ndarray:
+        image = decode_image(self._target[index]["image"]).convert("RGB")
+        crop = draw_crop(rng, self.target_size, self.resolution)
+        return apply_crop(np.asarray(resize_image(image, self.target_size)), crop, self.resolution)
+
+
+class EvaluationDataset(Dataset):
+    """Labelled images of the target dataset, whole, squeezed to `resolution` x `resolution`.
+
+    Items: `image` uint8 (3, R, R); `label` uint8 (h, w) in task ids with 255 = ignore, R x R by NEAREST for protocol
+    "paper" (MADM, section Data) and native size for "native"; `index`.
+
+    Raises:
+        UserError: unknown protocol, unprepared or unlabelled split, or labels that do not fit the task.
+    """
+
+    def __init__(self, data_dir: str | Path, task: Task, split: str, resolution: int, protocol: str = "paper"):
+        if protocol not in PROTOCOLS:
+            raise UserError(f"unknown protocol '{protocol}'; protocols: {', '.join(PROTOCOLS)}")
+        self.size, self.protocol = (resolution, resolution), protocol
+        data, metadata = open_task_split(data_dir, task, task.target, split, labelled=True)
+        self._label_table = label_table(metadata, task, task.target_label_map, "target_label_map")
+        self._file_names = data["file_name"][:]
+        self._data = data.select_columns(["image", "label"])
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._data[index]
+        image = resize_image(decode_image(row["image"]).convert("RGB"), self.size)
+        label = decode_image(row["label"])
+        if self.protocol == "paper":
+            label = resize_label(label, self.size)
+        return {
+            "image": _to_chw(np.asarray(image)),
+            "label": torch.from_numpy(self._label_table[np.asarray(label)]),
+            "index": index,
+        }
+
+    def file_name(self, index: int) -> str:
+        """Path of image `index` inside the raw dataset."""
+        return self._file_names[index]
+
+    @staticmethod
+    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batch of samples: `image` stacked to (B, 3, R, R), `label` and `index` as lists (labels differ in size)."""
+        return {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "label": [sample["label"] for sample in samples],
+            "index": [sample["index"] for sample in samples],
+        }
+
+
+def open_task_split(
+    data_dir: str | Path, task: Task, dataset: str, split: str, labelled: bool
+) -> tuple["datasets.Dataset", Metadata]:
+    """Open one prepared split of a task.
+
+    Raises:
+        UserError: it is missing (the message names the command that prepares it), empty, or lacks labels.
+    """
+    folder = Path(data_dir) / dataset / split
+    if not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
+        found = f"{folder.parent} holds the splits {', '.join(there)}" if there else f"{folder.parent} holds no split"
+        which = f"--task {task.name}" if task.name in TASKS else "--task_config FILE"
+        raw = "" if dataset.startswith("synthetic_") else " --raw_dir RAW_DIR"
+        raise UserError(
+            f"prepared data {folder} does not exist ({found}). Prepare it: "
+            f"python prepare_datasets.py {which}{raw} --output_dir {shlex.quote(str(data_dir))}"
+        )
+    data, metadata = open_split(folder)
+    if not len(data):
+        raise UserError(f"{folder} holds no image; prepare it again")
+    if labelled and not metadata.labelled:
+        raise UserError(f"{folder} holds images without labels; a labelled split is needed here")
+    return data, metadata
+
+
+def label_table(metadata: Metadata, task: Task, label_map: LabelMap | None, field: str) -> np.ndarray:
+    """uint8 table of 256 entries from the class ids of a prepared dataset to those of the task.
+
+    Raises:
+        UserError: the map leaves a class of the dataset outside the task's classes.
+    """
+    table = lookup_table(label_map)
+    num_classes = len(metadata.class_names)
+    outside = [i for i in range(num_classes) if task.num_classes <= table[i] < IGNORE_INDEX]
+    if outside:
+        raise UserError(
+            f"task {task.name}: {field} leaves class ids {outside} of dataset {metadata.dataset} "
+            f"({', '.join(metadata.class_names[i] for i in outside)}) outside the task's 0..{task.num_classes - 1}; "
+            f"map them to a class or to {IGNORE_INDEX} (ignore)"
+        )
+    return table
+
+
+def _to_chw(image: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) array -> contiguous uint8 (3, H, W) tensor."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

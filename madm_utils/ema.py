@@ -1,0 +1,20 @@
+"""Mean teacher: exponential moving average of parameters with DAFormer's ramp."""
+
+import torch
+from torch import nn
+
+
+def ema_decay(step: int, max_decay: float = 0.999) -> float:
+    """Decay of the update at `step` >= 1: `min(1 - 1 / (step + 1), max_decay)`; 1/2, 2/3, 3/4, ..."""
+    return min(1.0 - 1.0 / (step + 1), max_decay)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """`teacher <- decay * teacher + (1 - decay) * student`, in place.
+
+    Parameters only: the teacher's BatchNorm buffers come from its own forward passes.
+    """
+    shadow = [p.data for p in teacher.parameters()]
+    current = [p.data.to(s.device, s.dtype) for p, s in zip(student.parameters(), shadow, strict=True)]
+    torch._foreach_lerp_(shadow, current, 1.0 - decay)

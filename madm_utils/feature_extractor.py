@@ -1,0 +1,130 @@
+"""Stable Diffusion as a feature extractor: frozen VAE, UNet with taps in its up path, one fixed noise.
+
+Every width comes from the loaded configs; the latent size comes from the image and the VAE's down-sampling factor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from madm_utils.cli import UserError
+
+NOISE_SEED = 42
+NUM_TAPS = 3
+
+
+class DiffusionFeatureExtractor(nn.Module):
+    """VAE and UNet of Stable Diffusion, read out at the last resnet/attention pair of the last three up blocks.
+
+    In SD 1.x/2.x these are the pairs 5, 8 and 11 of 12, before the block's upsampler. The UNet's output is kept as a
+    *label latent* (MADM, section 3.3), not as predicted noise.
+
+    Args:
+        vae: autoencoder; frozen here.
+        unet: denoiser; its `requires_grad` flags are left as they are.
+        scheduler: gives the cumulative alphas of the diffusion process.
+        latent_size: height and width of the fixed noise; images of other sizes get their own draw.
+        noise_in_latent_dtype: round the cumulative alphas to the dtype of the latents before use, as the published
+            code does under fp16 autocast (sigma at t=0 becomes 0.03125 instead of 0.02916). Otherwise float32.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        latent_size: int,
+        noise_in_latent_dtype: bool = False,
+    ):
+        super().__init__()
+        if len(unet.up_blocks) < NUM_TAPS:
+            raise UserError(f"the UNet has {len(unet.up_blocks)} up blocks; features need at least {NUM_TAPS}")
+        self.vae = vae.requires_grad_(False)
+        self.unet = unet
+        self.scheduler = scheduler
+        self.noise_in_latent_dtype = noise_in_latent_dtype
+        self.register_buffer("shared_noise", self.draw_noise(latent_size, latent_size), persistent=False)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of [decoded image, finest, middle, coarsest UNet feature]."""
+        widths = self.unet.config.block_out_channels
+        return [self.vae.config.out_channels, *widths[:NUM_TAPS]]
+
+    def draw_noise(self, height: int, width: int) -> Tensor:
+        """The fixed noise shared by all images, iterations, training and test: (1, C, height, width) on CPU."""
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        return torch.randn(1, self.vae.config.latent_channels, height, width, generator=generator)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled mean latents (B, C, H/f, W/f), without sampling."""
+        # Strided inputs (a permuted HWC array) make float32 GroupNorm on CPU inaccurate by up to 1e-2.
+        images = images.to(self.vae.dtype).contiguous()
+        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> un-clipped images (B, 3, h*f, w*f), no gradient (MADM, feature `s0`)."""
+        latents = latents.detach().to(self.vae.dtype).contiguous()
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    def add_noise(self, latents: Tensor, timestep: int) -> Tensor:
+        """`sqrt(abar_t) * latents + sqrt(1 - abar_t) * shared_noise`; t = 0 still adds noise (sigma 0.029)."""
+        if not self.noise_in_latent_dtype:
+            latents = latents.float()
+        noise = self.shared_noise
+        if noise.shape[-2:] != latents.shape[-2:]:
+            noise = self.draw_noise(*latents.shape[-2:]).to(latents.device)
+        timesteps = torch.full((1,), timestep, device=latents.device, dtype=torch.long)
+        return self.scheduler.add_noise(latents, noise.to(latents.dtype), timesteps)
+
+    def denoise(self, noisy: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Run the UNet once.
+
+        Args:
+            noisy: (B, C, h, w) noisy latents.
+            timestep: diffusion step of the whole batch.
+            prompt: (1, tokens, D) conditioning in place of the text embedding.
+            time: (1, 1, T) added to the output of the UNet's time-embedding MLP.
+
+        Returns:
+            UNet features, finest first ((B, c_i, h_i, w_i)), and the label latent (B, C, h, w).
+        """
+        dtype = self.unet.dtype
+        with self._read_out(time) as features:
+            label_latent = self.unet(
+                noisy.to(dtype),
+                torch.full((1,), timestep, device=noisy.device, dtype=torch.long),
+                encoder_hidden_states=prompt.to(dtype).expand(len(noisy), -1, -1),
+            ).sample
+        return features[::-1], label_latent
+
+    @contextmanager
+    def _read_out(self, time: Tensor) -> Iterator[list[Tensor]]:
+        """Collect the tapped features, coarsest first, and condition the time embedding, for one forward pass."""
+        features: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            features.append(output[0] if isinstance(output, tuple) else output)
+
+        def condition(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output + time[:, 0].to(output.dtype)
+
+        handles = [self.unet.time_embedding.register_forward_hook(condition)]
+        for block in self.unet.up_blocks[-NUM_TAPS:]:
+            pairs = getattr(block, "attentions", None) or block.resnets
+            handles.append(pairs[-1].register_forward_hook(keep))
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()

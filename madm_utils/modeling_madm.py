@@ -1,0 +1,271 @@
+"""The MADM model: Stable Diffusion features and a segmenter on top; building, saving and loading it.
+
+A saved model is one folder of safetensors and JSON. The base model (VAE, frozen UNet, text encoder) is referred to,
+never copied:
+
+    madm_config.json                     task, resolution, tuning, reference to the base model
+    segmenter/                           conditioning, projections, head of the student
+    teacher/                             the same of the mean teacher (absent in source-only runs)
+    pytorch_lora_weights.safetensors     LoRA of the UNet in diffusers format (`unet_tuning` lora)
+    unet/                                the whole UNet (`unet_tuning` full)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from madm_utils import base_model
+from madm_utils.base_model import BaseModelReference
+from madm_utils.cli import UserError
+from madm_utils.feature_extractor import DiffusionFeatureExtractor
+from madm_utils.segmenter import Segmenter
+from madm_utils.tasks import Task, task_from_dict
+
+CONFIG_NAME = "madm_config.json"
+LORA_TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
+UNET_OUTPUT_LAYERS = ("conv_norm_out", "conv_out")
+
+
+@dataclass
+class MADMOutput(BaseOutput):
+    """Output of `MADMModel`.
+
+    Args:
+        logits: (B, K, H, W) class logits at the size of the images.
+        label_latent: (B, C, h, w) output of the UNet, read as the latent of the label's palette image.
+        decoded: (B, 3, H, W) un-clipped decoding of the label latent, without gradient.
+    """
+
+    logits: Tensor
+    label_latent: Tensor
+    decoded: Tensor
+
+
+class MADMModel(nn.Module):
+    """Segmentation with a diffusion UNet (MADM, section 3).
+
+    Args:
+        extractor: frozen VAE and tuned UNet.
+        segmenter: conditioning, projections and head of the student.
+        task: classes, palette and label maps.
+        base: where the frozen parts came from.
+        resolution: side of the training crops in pixels.
+        unet_tuning: `lora` or `full`.
+    """
+
+    def __init__(
+        self,
+        extractor: DiffusionFeatureExtractor,
+        segmenter: Segmenter,
+        task: Task,
+        base: BaseModelReference,
+        resolution: int,
+        unet_tuning: str,
+    ):
+        super().__init__()
+        self.extractor = extractor
+        self.segmenter = segmenter
+        self.task = task
+        self.base = base
+        self.resolution = resolution
+        self.unet_tuning = unet_tuning
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.extractor.unet
+
+    def forward(self, images: Tensor, timestep: int = 0, segmenter: Segmenter | None = None) -> MADMOutput:
+        """Segment images (B, 3, H, W) in [0, 1], height and width multiples of 64.
+
+        Args:
+            images: the batch.
+            timestep: noise level of the latents; 0, the level of student and test, still adds a little noise.
+            segmenter: the teacher's, to run the teacher (which shares this UNet); default the student's.
+        """
+        segmenter = segmenter or self.segmenter
+        latents = self.extractor.encode(images * 2 - 1)
+        noisy = self.extractor.add_noise(latents, timestep)
+        features, label_latent = self.extractor.denoise(noisy, timestep, *segmenter.condition())
+        decoded = self.extractor.decode(label_latent)
+        return MADMOutput(logits=segmenter([decoded, *features]), label_latent=label_latent, decoded=decoded)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: BaseModelReference,
+        task: Task,
+        resolution: int,
+        unet_tuning: str = "lora",
+        rank: int = 16,
+        lora_alpha: int | None = None,
+        train_unet_output_layers: bool = False,
+        noise_in_latent_dtype: bool = False,
+        frozen_dtype: torch.dtype = torch.float32,
+        **widths: int,
+    ) -> "MADMModel":
+        """A new model on a Stable Diffusion base; trainable parameters are float32 and have `requires_grad`.
+
+        Args:
+            base: Stable Diffusion folder or Hub id.
+            task: gives the classes.
+            resolution: side of the training crops, a multiple of 64.
+            unet_tuning: `lora` adds a LoRA adapter named after the modality to a frozen UNet; `full` trains the UNet.
+            rank, lora_alpha: of the LoRA; alpha defaults to the rank.
+            train_unet_output_layers: with `full`, also train `conv_norm_out` and `conv_out`, which the published
+                code freezes by accident.
+            noise_in_latent_dtype: see `DiffusionFeatureExtractor`.
+            frozen_dtype: of the VAE, and of the UNet under LoRA.
+            widths: `projection_channels` (the decoded image's projection takes a quarter), `bottleneck_channels`,
+                `head_channels`; the published ones by default.
+        """
+        vae = base_model.load_vae(base, frozen_dtype)
+        unet = base_model.load_unet(base, frozen_dtype if unet_tuning == "lora" else torch.float32)
+        extractor = DiffusionFeatureExtractor(
+            vae, unet, base_model.load_scheduler(base), resolution // base_model.vae_scale(vae), noise_in_latent_dtype
+        )
+        embedding = base_model.empty_text_embedding(base)
+        segmenter = Segmenter(
+            **segmenter_config(extractor, task.num_classes, **widths),
+            num_tokens=embedding.shape[1],
+            prompt_dim=embedding.shape[2],
+        )
+        segmenter.empty_text_embedding.copy_(embedding)
+        model = cls(extractor, segmenter, task, base, resolution, unet_tuning)
+        if unet_tuning == "lora":
+            from peft import LoraConfig
+
+            unet.add_adapter(
+                LoraConfig(
+                    r=rank,
+                    lora_alpha=lora_alpha or rank,
+                    init_lora_weights="gaussian",
+                    target_modules=list(LORA_TARGET_MODULES),
+                ),
+                adapter_name=task.modality,
+            )
+        model.set_trainable(train_unet_output_layers)
+        return model
+
+    def set_trainable(self, train_unet_output_layers: bool = False) -> None:
+        """Set `requires_grad` by name, and float32 master weights for everything that trains."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("segmenter."):
+                trainable = True
+            elif not name.startswith("extractor.unet."):
+                trainable = False
+            elif self.unet_tuning == "lora":
+                trainable = "lora_" in name
+            else:
+                trainable = train_unet_output_layers or name.split(".")[2] not in UNET_OUTPUT_LAYERS
+            parameter.requires_grad_(trainable)
+            if trainable:
+                parameter.data = parameter.data.float()
+
+    def config(self) -> dict[str, Any]:
+        """What `madm_config.json` holds."""
+        return {
+            "format": 1,
+            "task": self.task.to_dict(),
+            "resolution": self.resolution,
+            "unet_tuning": self.unet_tuning,
+            "noise_in_latent_dtype": self.extractor.noise_in_latent_dtype,
+            "base_model": self.base.to_dict(),
+        }
+
+    def save_pretrained(self, folder: str | Path, teacher: Segmenter | None = None) -> None:
+        """Write the model, and the teacher's segmenter where given, into `folder` (layout in the module docstring)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.segmenter.save_pretrained(folder / "segmenter")
+        if teacher is not None:
+            teacher.save_pretrained(folder / "teacher")
+        if self.unet_tuning == "lora":
+            base_model.save_lora(self.unet, folder, self.task.modality)
+        else:
+            self.unet.save_pretrained(folder / "unet")
+        (folder / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+
+    def restore(self, folder: str | Path, teacher: Segmenter | None = None) -> None:
+        """Put the weights of a checkpoint of the same run into this model (and `teacher`), to go on training."""
+        folder = Path(folder)
+        base_model.restore_strict(self.segmenter, folder, "segmenter")
+        if teacher is not None:
+            base_model.restore_strict(teacher, folder, "teacher")
+        if self.unet_tuning == "lora":
+            base_model.restore_lora(self.unet, folder, self.task.modality)
+        else:
+            base_model.restore_strict(self.unet, folder, "unet")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        weights: str = "student",
+        dtype: torch.dtype | None = None,
+        base: str | None = None,
+        revision: str | None = None,
+    ) -> "MADMModel":
+        """Load a saved model in evaluation mode.
+
+        Args:
+            folder: a run folder, one of its checkpoints, or a Hub id.
+            weights: `student` (what the published system evaluates) or `teacher`.
+            dtype: of all weights; float32 by default.
+            base: Stable Diffusion folder or Hub id in place of the stored reference, e.g. on another machine.
+            revision: of the Hub repository.
+
+        Raises:
+            UserError: not a MADM folder, missing base, or tensors that are missing, unexpected or of another shape.
+        """
+        folder = base_model.local_folder(folder, revision, expected=CONFIG_NAME)
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            task = task_from_dict(config["task"], where=str(folder / CONFIG_NAME))
+            reference = BaseModelReference(**config["base_model"])
+            tuning, resolution, rounding = (config[k] for k in ("unet_tuning", "resolution", "noise_in_latent_dtype"))
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
+            ) from None
+        if base is not None:
+            reference = BaseModelReference(base)
+        if weights == "teacher" and not (folder / "teacher").is_dir():
+            raise UserError(f"{folder} holds no teacher (a source-only run has none); use --weights student")
+        vae = base_model.load_vae(reference)
+        if tuning == "lora":
+            unet = base_model.load_unet(reference)
+            base_model.load_lora(unet, folder, task.modality)
+        else:
+            unet = base_model.load_strict(UNet2DConditionModel, folder, "unet")
+        segmenter = base_model.load_strict(Segmenter, folder, "segmenter" if weights == "student" else "teacher")
+        latent_size = resolution // base_model.vae_scale(vae)
+        scheduler = base_model.load_scheduler(reference)
+        extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, rounding)
+        model = cls(extractor, segmenter, task, reference, resolution, tuning)
+        return model.to(dtype or torch.float32).requires_grad_(False).eval()
+
+
+def segmenter_config(
+    extractor: DiffusionFeatureExtractor,
+    num_classes: int,
+    projection_channels: int = 512,
+    bottleneck_channels: int = 128,
+    head_channels: int = 256,
+) -> dict[str, Any]:
+    """Arguments of `Segmenter` for this extractor; only the three widths are free."""
+    image_channels = max(32, projection_channels // 4)
+    return {
+        "num_classes": num_classes,
+        "feature_channels": extractor.feature_channels,
+        "projection_channels": [image_channels, *[projection_channels] * 3],
+        "bottleneck_channels": bottleneck_channels,
+        "head_channels": head_channels,
+        "embed_channels": head_channels,
+        "time_dim": extractor.unet.time_embedding.linear_2.out_features,
+    }

@@ -1,0 +1,112 @@
+"""What MADM adds to Stable Diffusion: learned conditioning, feature projections and the segmentation head.
+
+The mean teacher is a copy of this module; it shares the student's UNet (MADM, section 3.2).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from madm_utils.heads import DAFormerHead
+
+
+class LearnedConditioning(nn.Module):
+    """Prompt and time conditioning, one set for all images.
+
+    `prompt = tanh(a) * embedding_of_empty_text + tanh(b) * prompt_embed` and `time = tanh(c) * time_embed`; the time
+    branch is off at initialisation (c = 0).
+    """
+
+    def __init__(self, num_tokens: int, prompt_dim: int, time_dim: int):
+        super().__init__()
+        self.prompt_embed = nn.Parameter(torch.empty(1, num_tokens, prompt_dim))
+        self.alpha_cond_prompt = nn.Parameter(torch.rand(1, num_tokens, prompt_dim))
+        self.alpha_uncond_prompt = nn.Parameter(torch.rand(1, num_tokens, prompt_dim))
+        self.alpha_cond_time = nn.Parameter(torch.zeros(time_dim))
+        self.time_embed = nn.Parameter(torch.empty(1, 1, time_dim))
+        nn.init.trunc_normal_(self.prompt_embed, std=0.02)
+        nn.init.trunc_normal_(self.time_embed, std=0.02)
+
+    def forward(self, empty_text_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, tokens, D) -> prompt (1, tokens, D) and time (1, 1, T)."""
+        prompt = torch.tanh(self.alpha_uncond_prompt) * empty_text_embedding
+        prompt = prompt + torch.tanh(self.alpha_cond_prompt) * self.prompt_embed
+        return prompt, torch.tanh(self.alpha_cond_time) * self.time_embed
+
+
+class ConvGN(nn.Conv2d):
+    """Bias-free convolution followed by GroupNorm(32); Kaiming-normal (fan out) weights."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = nn.GroupNorm(32, out_channels)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck, stride 1: the projection of one feature map, (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bottleneck_channels: int):
+        super().__init__()
+        self.shortcut = ConvGN(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.conv1 = ConvGN(in_channels, bottleneck_channels)
+        self.conv2 = ConvGN(bottleneck_channels, bottleneck_channels, 3)
+        self.conv3 = ConvGN(bottleneck_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.conv1(x))
+        out = F.relu(self.conv2(out))
+        return F.relu(self.conv3(out) + self.shortcut(x))
+
+
+class Segmenter(ModelMixin, ConfigMixin):
+    """Conditioning, projections and DAFormer head on top of a diffusion feature extractor.
+
+    Args:
+        num_classes: K.
+        feature_channels: channels of [decoded image, finest, middle, coarsest UNet feature].
+        projection_channels: channels after the projections, same order (all divisible by 32).
+        bottleneck_channels: inner width of the projections (divisible by 32).
+        head_channels: fusion width of the head.
+        embed_channels: per-level width in the head.
+        num_tokens, prompt_dim, time_dim: shape of the UNet's conditioning.
+        dropout: `Dropout2d` probability of the head.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int,
+        feature_channels: Sequence[int] = (3, 320, 640, 1280),
+        projection_channels: Sequence[int] = (128, 512, 512, 512),
+        bottleneck_channels: int = 128,
+        head_channels: int = 256,
+        embed_channels: int = 256,
+        num_tokens: int = 77,
+        prompt_dim: int = 768,
+        time_dim: int = 1280,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.register_buffer("empty_text_embedding", torch.zeros(1, num_tokens, prompt_dim))
+        self.conditioning = LearnedConditioning(num_tokens, prompt_dim, time_dim)
+        self.projections = nn.ModuleList(
+            Bottleneck(c_in, c_out, bottleneck_channels)
+            for c_in, c_out in zip(feature_channels, projection_channels, strict=True)
+        )
+        self.head = DAFormerHead(projection_channels, num_classes, head_channels, embed_channels, dropout)
+
+    def condition(self) -> tuple[Tensor, Tensor]:
+        """Prompt (1, tokens, D) and time (1, 1, T) conditioning of the UNet."""
+        return self.conditioning(self.empty_text_embedding)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """[decoded image, finest, middle, coarsest UNet feature] -> logits (B, K, H, W) at the image's size."""
+        return self.head([project(x) for project, x in zip(self.projections, features, strict=True)])

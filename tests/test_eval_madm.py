@@ -1,0 +1,209 @@
+"""`eval_madm.py`: its numbers against a slow reference, its files, several processes, and a message per mistake."""
+
+import csv
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_model import RESOLUTION, write_data, write_model
+
+import eval_madm
+from madm_utils import MADMModel
+from madm_utils.cli import UserError
+from madm_utils.tasks import TASKS, save_task
+
+SCRIPT = Path(eval_madm.__file__)
+TASK = TASKS["synthetic_to_depth"]
+FILES = {"metrics.json", "confusion_matrix.csv", "confusion_matrix.png", "pictures"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def arguments(model, data, out, *more) -> list[str]:
+    paths = ("--model_path", model, "--data_dir", data, "--output_dir", out)
+    return [str(a) for a in (*paths, "--num_cpu_threads", 1, "--dataloader_num_workers", 0, *more)]
+
+
+def evaluate(model, data, out, *more) -> dict:
+    eval_madm.main(arguments(model, data, out, *more))
+    return json.loads((out / "metrics.json").read_text())
+
+
+def slow_confusion(model: Path, data: Path, protocol: str) -> np.ndarray:
+    """Pixel by pixel from the Arrow file, (K, K), rows prediction, columns label."""
+    network = MADMModel.from_pretrained(model)
+    confusion = np.zeros((TASK.num_classes, TASK.num_classes), np.int64)
+    size = (RESOLUTION, RESOLUTION)
+    for row in datasets.load_from_disk(str(data / "synthetic_depth" / "test")):
+        image, label = row["image"].convert("RGB").resize(size, Image.Resampling.BILINEAR), row["label"]
+        if protocol == "paper":
+            label = label.resize(size, Image.Resampling.NEAREST)
+        images = torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())[None].float() / 255
+        with torch.no_grad():
+            logits = network(images).logits
+        logits = torch.nn.functional.interpolate(logits, size=label.size[::-1], mode="bilinear", align_corners=False)
+        for p, g in zip(logits[0].argmax(0).flatten().tolist(), np.asarray(label).flatten().tolist(), strict=True):
+            if g != 255:
+                confusion[p, g] += 1
+    return confusion
+
+
+@pytest.mark.parametrize("protocol", ["paper", "native"])
+def test_numbers_and_files(model, data, tmp_path, capsys, protocol):
+    metrics = evaluate(model, data, tmp_path, "--protocol", protocol, "--num_pictures", 3)
+    confusion = slow_confusion(model, data, protocol)
+    np.testing.assert_array_equal(metrics["confusion_matrix"], confusion)
+    assert confusion.sum() == pytest.approx(5 * {"paper": 64, "native": 96}[protocol] ** 2, rel=0.1)
+
+    true, labelled, predicted = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    iou = [t / (g + p - t) if g else None for t, g, p in zip(true, labelled, predicted, strict=True)]
+    for name, value in zip(TASK.class_names, iou, strict=True):
+        assert metrics["per_class"][name]["iou"] == (None if value is None else pytest.approx(100 * value))
+    seen = np.count_nonzero(labelled + predicted)
+    assert metrics["miou"] == pytest.approx(100 * sum(v for v in iou if v is not None) / seen)
+    assert metrics["pacc"] == pytest.approx(100 * true.sum() / labelled.sum())
+
+    assert set(metrics) == {
+        "task", "split", "protocol", "num_images", "miou", "macc", "pacc", "fwiou", "per_class", "confusion_matrix",
+        "class_names", "model", "settings", "versions",
+    }  # fmt: skip
+    assert metrics["settings"] == {"weights": "student", "resolution": RESOLUTION, "mixed_precision": "no"}
+    assert [metrics[k] for k in ("task", "split", "protocol", "num_images", "class_names", "model")] == [
+        TASK.name, "test", protocol, 5, list(TASK.class_names), str(model),
+    ]  # fmt: skip
+
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    with open(tmp_path / "confusion_matrix.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["prediction \\ label", *TASK.class_names, "ignored"]
+    assert [row[0] for row in table[1:]] == list(TASK.class_names)
+    np.testing.assert_array_equal([[int(cell) for cell in row[1:-1]] for row in table[1:]], confusion)
+    with Image.open(tmp_path / "confusion_matrix.png") as plot:
+        assert plot.width > 400
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert [name[:6] for name in pictures] == ["00000_", "00002_", "00004_"]
+    assert f"mIoU{metrics['miou']:8.2f}" in capsys.readouterr().out
+
+
+def test_teacher_task_and_sample_limit(model, data, tmp_path):
+    student = evaluate(model, data, tmp_path / "student", "--max_samples", 2, "--task", TASK.name)
+    save_task(dataclasses.replace(TASK, hyperparameters={"rank": 3}), tmp_path / "task.json")
+    teacher = evaluate(
+        model, data, tmp_path / "teacher", "--max_samples", 2, "--weights", "teacher",
+        "--task_config", tmp_path / "task.json",
+    )  # fmt: skip
+    assert (student["num_images"], teacher["num_images"]) == (2, 2)
+    assert teacher["settings"]["weights"] == "teacher"
+    assert student["confusion_matrix"] != teacher["confusion_matrix"]
+
+
+def test_bf16_is_close_to_float32(model, data, tmp_path):
+    full = np.array(evaluate(model, data, tmp_path / "full")["confusion_matrix"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    metrics = evaluate(model, data, tmp_path / "half", "--mixed_precision", "bf16", "--batch_size", 4)
+    assert metrics["settings"]["mixed_precision"] == "bf16"
+    moved = np.abs(np.array(metrics["confusion_matrix"]) - full).sum() / 2
+    assert 0 < moved < 0.5 * full.sum()
+
+
+def test_an_earlier_evaluation_is_replaced_and_nothing_else(model, data, tmp_path):
+    evaluate(model, data, tmp_path, "--num_pictures", 5)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "pictures" / "holiday.png").write_text("mine")
+    metrics = evaluate(model, data, tmp_path, "--num_pictures", 1, "--max_samples", 1)
+    assert metrics["num_images"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["00000_000000.png", "holiday.png"]
+
+
+def test_two_processes_write_what_one_writes(model, data, tmp_path):
+    command = arguments(model, data, tmp_path / "one", "--protocol", "native", "--batch_size", 2)
+    done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True, check=True)
+    assert "mIoU" in done.stdout and "Traceback" not in done.stderr
+    command = arguments(model, data, tmp_path / "two", "--protocol", "native", "--batch_size", 2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, SCRIPT, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # 5 images in batches of 2: rank 0 has batches 0 and 2 (3 images), which proves that two processes shared the work.
+    assert "3/3" in done.stderr and "5/5" not in done.stderr
+    assert done.stdout.count("mIoU") == 1
+    for name in ("metrics.json", "confusion_matrix.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    pictures = [{p.name: p.read_bytes() for p in (tmp_path / run / "pictures").iterdir()} for run in ("one", "two")]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--task", "synthetic_to_event"), r"checkpoint of another task.*'synthetic_to_depth', expected"),
+        (("--task", "nonsense"), "unknown task 'nonsense'"),
+        (("--data_dir", "nowhere"), r"nowhere/synthetic_depth/test does not exist.*prepare_datasets\.py"),
+        (("--split", "val"), r"synthetic_depth/val does not exist .*splits test, train"),
+        (("--split", "train"), "images without labels"),
+        (("--model_path", "nowhere"), "nowhere: no such folder"),
+        (("--mixed_precision", "fp16"), "fp16 needs a GPU, found none; use bf16 or no"),
+    ],
+)
+def test_mistakes_are_named_and_write_nothing(model, data, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        eval_madm.main(arguments(model, data, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_model_ends_with_exit_code_2(data, tmp_path):
+    command = arguments(data, data, tmp_path / "out")
+    done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {data} is not a trained model" in done.stderr
+
+
+def test_a_failed_evaluation_leaves_the_earlier_one(model, data, tmp_path):
+    evaluate(model, data, tmp_path / "out", "--max_samples", 1)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    shutil.copytree(model, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "segmenter" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match="not finite"):
+        eval_madm.main(arguments(tmp_path / "damaged", data, tmp_path / "out"))
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--batch_size", 0), "--batch_size is 0; expected at least 1"),
+        (("--num_pictures", -1), "--num_pictures is -1; expected at least 0"),
+        (("--task", "a", "--task_config", "b"), "--task or --task_config, not both"),
+        (("--output_dir", __file__), "is a file; give a folder"),
+    ],
+)
+def test_impossible_flags_are_named(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        eval_madm.main(arguments("m", "d", tmp_path / "out", *more))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
