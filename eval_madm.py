@@ -1,8 +1,11 @@
+#!/usr/bin/env python
 """Evaluate a trained model on the labelled target split of its task.
 
     python eval_madm.py --model_path outputs/depth --data_dir data --output_dir outputs/depth/evaluation
 
-Several processes give exactly the numbers of one: `accelerate launch --num_processes 2 eval_madm.py ...`.
+Several processes give exactly the numbers of one:
+
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval_madm.py ...
 
 Two protocols: `paper` is the published one, image and label at the training resolution (512x512). `native` brings the
 logits to each label's own size before the class is chosen, so that every labelled pixel counts.
@@ -30,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from madm_utils.args import add_inference_arguments, add_task_arguments, formatter, non_negative_int, positive_int
 from madm_utils.cli import UserError, run
 from madm_utils.hub import versions
-from madm_utils.tasks import TASKS, Task, load_task
+from madm_utils.tasks import Task, load_task
 
 if TYPE_CHECKING:
     import torch
@@ -47,43 +51,28 @@ PICTURE_NAME = re.compile(r"\d{5}_.+\.png")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    # fmt: off
-    group = parser.add_argument_group("model")
-    group.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
-    group.add_argument("--weights", choices=["student", "teacher"], default="student",
-                       help="which segmenter; student is the published choice (default: %(default)s)")
-    group.add_argument("--task", metavar="NAME", help=f"check that the model is of this task: {', '.join(TASKS)}")
-    group.add_argument("--task_config", metavar="FILE", help="the same for your own task file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add_inference_arguments(parser)
+    add_task_arguments(parser, "check that the model is of this task")
     group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", required=True, type=Path, help="folder written by prepare_datasets.py")
-    group.add_argument("--split", default="test", help="labelled split of the target dataset (default: %(default)s)")
-    group.add_argument("--protocol", choices=["paper", "native"], default="paper",
-                       help="labels at the training resolution, or at their own size (default: %(default)s)")
-    group.add_argument("--max_samples", type=int, metavar="N",
-                       help="only the first N images, for a quick look (default: all)")
-    group = parser.add_argument_group("running")
-    group.add_argument("--batch_size", type=int, default=1, help="images per process (default: %(default)s)")
-    group.add_argument("--dataloader_num_workers", type=int, default=2, help="per process (default: %(default)s)")
-    group.add_argument("--num_cpu_threads", type=int, metavar="N",
-                       help="per process, where there is no GPU; rounding depends on it (default: all cores)")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
-                       help="autocast; the published evaluation used fp16 (default: %(default)s)")
+    group.add_argument("--data_dir", required=True, type=Path, help="prepared data, written by prepare_datasets.py")
+    group.add_argument("--split", default="test", help="labelled split of the target dataset")
+    group.add_argument(
+        "--protocol", choices=("paper", "native"), default="paper",
+        help="labels at the training resolution, or at their own size",
+    )  # fmt: skip
+    group.add_argument("--max_samples", type=positive_int, metavar="N", help="only the first N images; default: all")
+    group.add_argument("--dataloader_num_workers", type=non_negative_int, default=2, help="loader processes")
+    group.add_argument(
+        "--num_cpu_threads", type=positive_int, metavar="N",
+        help="per process, where there is no GPU; rounding depends on it; default: all cores",
+    )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", required=True, type=Path, help="folder for the results")
-    group.add_argument("--num_pictures", type=int, default=8, metavar="N",
-                       help="sample pictures, 0 for none (default: %(default)s)")
-    # fmt: on
+    group.add_argument("--num_pictures", type=non_negative_int, default=8, metavar="N", help="sample pictures")
     args = parser.parse_args(argv)
     if args.task and args.task_config:
         parser.error("give --task or --task_config, not both")
-    least = {"batch_size": 1, "max_samples": 1, "num_cpu_threads": 1, "num_pictures": 0, "dataloader_num_workers": 0}
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and value < bound:
-            parser.error(f"--{name} is {value}; expected at least {bound}")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file; give a folder")
     return args
@@ -109,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Launchers give each of several processes a single thread. Sums in another order move logits by 1e-5, which
         # flips a pixel now and then: one and several processes would disagree.
         torch.set_num_threads(args.num_cpu_threads or available_cores())
-    model = MADMModel.from_pretrained(args.model_path, weights=args.weights).to(accelerator.device)
+    model = MADMModel.from_pretrained(
+        args.model_path, weights=args.weights, base=args.pretrained_model_name_or_path
+    ).to(accelerator.device)
     if expected is not None:
         check_task(model.task, expected, args.model_path)
     dataset = EvaluationDataset(args.data_dir, model.task, args.split, model.resolution, args.protocol)

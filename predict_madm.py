@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Segment an image, or every image in a folder and its sub-folders, with a trained model.
 
     python predict_madm.py --model_path outputs/depth --input photos --output_dir predictions
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from madm_utils.args import add_inference_arguments, formatter, fraction
 from madm_utils.cli import UserError, run
 
 if TYPE_CHECKING:
@@ -30,26 +32,18 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add_inference_arguments(parser)
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "--input", required=True, type=Path, metavar="FILE_OR_DIR",
+        help=f"an image, or a folder that is searched for {' '.join(SUFFIXES)}",
+    )  # fmt: skip
+    group.add_argument("--output_dir", required=True, type=Path, help="folder for the predictions")
+    group.add_argument(
+        "--overlay_alpha", type=fraction, default=0.5, metavar="A", help="share of the colour in the overlay, 0..1"
     )
-    parser.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE_OR_DIR",
-                        help=f"an image, or a folder that is searched for {' '.join(SUFFIXES)}")  # fmt: skip
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the predictions")
-    parser.add_argument("--weights", choices=["student", "teacher"], default="student",
-                        help="which segmenter; student is the published choice (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=1, help="images per forward pass (default: %(default)s)")
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
-                        help="autocast (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--overlay_alpha", type=float, default=0.5, metavar="A",
-                        help="share of the colour in the overlay, 0..1 (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch_size is {args.batch_size}; expected at least 1")
-    if not 0 <= args.overlay_alpha <= 1:
-        parser.error(f"--overlay_alpha is {args.overlay_alpha}; expected 0..1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from madm_utils.pipeline_madm import MADMPipeline, inference_accelerator, read_image
 
     accelerator = inference_accelerator(args.mixed_precision)
-    pipe = MADMPipeline.from_pretrained(args.model_path, weights=args.weights, device=accelerator.device)
+    pipe = MADMPipeline.from_pretrained(
+        args.model_path,
+        weights=args.weights,
+        device=accelerator.device,
+        base=args.pretrained_model_name_or_path,
+    )
     failed: list[str] = []
     files = list(outputs)
     with tqdm(total=len(files), desc="predict", unit="image") as progress:

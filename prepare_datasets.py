@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from madm_utils import cli
+from madm_utils.args import formatter, positive_int
 from madm_utils.cli import UserError
 from madm_utils.file_lists import ListedPaths, find_listed_files, read_file_lists
 from madm_utils.raw_datasets import RAW_DATASETS, find_files, find_root
@@ -36,7 +37,7 @@ RARE_CLASS_MIN_PIXELS = 3000
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     what = parser.add_argument_group("what to prepare (give one)")
     what.add_argument("--task", help=f"source and target of a task: {', '.join(TASKS)}")
     what.add_argument("--task_config", type=Path, help="JSON or YAML file of your own task between known datasets")
@@ -55,9 +56,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Their paths are relative to --raw_dir or to the dataset's folder",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes (default: every core)")
     how.add_argument(
-        "--max_samples", type=int, help="at most this many images per split, evenly spaced (default: all)"
+        "--num_proc", type=positive_int, default=os.cpu_count() or 1, help="processes; default: every core"
+    )
+    how.add_argument(
+        "--max_samples", type=positive_int, help="at most this many images per split, evenly spaced (default: all)"
     )
     how.add_argument(
         "--verify",
@@ -66,10 +69,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--overwrite", action="store_true", help="replace splits that --output_dir holds already")
     synthetic = parser.add_argument_group("synthetic data")
-    synthetic.add_argument("--num_train", type=int, default=400, help="training scenes per modality (default: 400)")
-    synthetic.add_argument("--num_test", type=int, default=60, help="test scenes per modality (default: 60)")
-    synthetic.add_argument("--resolution", type=int, default=128, help="height of a scene in pixels (default: 128)")
-    synthetic.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default: 0)")
+    synthetic.add_argument("--num_train", type=positive_int, default=400, help="training scenes per modality")
+    synthetic.add_argument("--num_test", type=positive_int, default=60, help="test scenes per modality")
+    synthetic.add_argument("--resolution", type=positive_int, default=128, help="height of a scene in pixels")
+    synthetic.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
     synthetic.add_argument("--as_raw", action="store_true", help="write the four official raw layouts instead")
     return parser.parse_args(argv)
 
@@ -95,10 +98,8 @@ def choose_datasets(args: argparse.Namespace) -> list[str]:
             raise UserError(
                 f"unknown dataset '{name}'; known: {', '.join(known)}, and synthetic for all of the last four"
             )
-    for flag, minimum in (("num_proc", 1), ("max_samples", 1), ("num_train", 1), ("num_test", 1), ("resolution", 32)):
-        value = getattr(args, flag)
-        if value is not None and value < minimum:
-            raise UserError(f"--{flag} must be at least {minimum}, got {value}")
+    if args.resolution < 32:
+        raise UserError(f"--resolution must be at least 32, got {args.resolution}")
     if args.as_raw and args.dataset != "synthetic":
         raise UserError("--as_raw draws raw layouts of synthetic scenes; use it with --dataset synthetic")
     if args.file_list and not set(names) & set(RAW_DATASETS):

@@ -424,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, task = parse_train_args(train_parser(__doc__), argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
     accelerator = Accelerator(
+        # Without it, several processes on a machine without GPU would not form a group, and each write the results.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,

@@ -51,11 +51,29 @@ def formatter(prog: str) -> argparse.HelpFormatter:
     return _HelpFormatter(prog, max_help_position=32, width=110)
 
 
-def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+def add_task_arguments(parser: argparse.ArgumentParser, purpose: str = "what to adapt to what") -> None:
     """`--task` and `--task_config`, shared by all scripts."""
     group = parser.add_argument_group("task")
-    group.add_argument("--task", metavar="NAME", help=f"one of {', '.join(TASKS)}")
+    group.add_argument("--task", metavar="NAME", help=f"{purpose}: {', '.join(TASKS)}")
     group.add_argument("--task_config", metavar="FILE", help="your own task, JSON or YAML (docs/tasks.md)")
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which trained model and how to run it, shared by evaluation and prediction."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
+    group.add_argument(
+        "--weights", choices=("student", "teacher"), default="student",
+        help="which segmenter; the published choice is the student",
+    )  # fmt: skip
+    group.add_argument(
+        "--pretrained_model_name_or_path", metavar="BASE",
+        help="base model in place of the one stored with the model, e.g. when its folder has moved",
+    )  # fmt: skip
+    group.add_argument("--batch_size", type=positive_int, default=1, help="images per forward pass and process")
+    group.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="autocast; published: fp16"
+    )
 
 
 def train_parser(description: str) -> argparse.ArgumentParser:

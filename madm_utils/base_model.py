@@ -4,6 +4,7 @@ Everything that reads weights from disk or the Hub is here. Nothing but safetens
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,16 +186,25 @@ def load_strict(cls: type[ModelMixin], folder: Path, part: str) -> ModelMixin:
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
-    """Write the adapter in the diffusers format with its alpha, so that plain diffusers loads it."""
+    """Write the adapter in the diffusers format with its alpha, so that plain diffusers loads it.
+
+    Equal adapters give equal bytes: sets in the adapter's settings are sorted, and the header holds a single metadata
+    entry, because safetensors writes several in an order that changes from process to process.
+    """
     from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
+    settings = unet.peft_config[adapter].to_dict()
+    settings = {f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+    # Without the settings a reader takes alpha = rank and gets other outputs.
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
     StableDiffusionPipeline.save_lora_weights(
         save_directory=folder,
         unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter)),
-        # Without the metadata a reader takes alpha = rank and gets other outputs.
-        unet_lora_adapter_metadata=unet.peft_config[adapter].to_dict(),
+        save_function=lambda weights, path: save_file(weights, path, metadata=metadata),
     )
 
 

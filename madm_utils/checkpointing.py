@@ -92,7 +92,7 @@ def save_training_state(
     save_file(tensors, folder / f"{STATE_NAME}.safetensors")
     content = {
         "step": step,
-        "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+        "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "optimizer": {"param_groups": state["param_groups"], "numbers": numbers},
     }

@@ -42,9 +42,10 @@ class MADMOutput(BaseOutput):
         decoded: (B, 3, H, W) un-clipped decoding of the label latent, without gradient.
     """
 
-    logits: Tensor
-    label_latent: Tensor
-    decoded: Tensor
+    # Without defaults, accelerate cannot rebuild the output in float32 under mixed precision.
+    logits: Tensor = None
+    label_latent: Tensor = None
+    decoded: Tensor = None
 
 
 class MADMModel(nn.Module):

@@ -54,6 +54,7 @@ class MADMPipeline:
         weights: str = "student",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        base: str | None = None,
     ) -> MADMPipeline:
         """Load the model in a run folder, a checkpoint folder or a Hub repository.
 
@@ -62,11 +63,12 @@ class MADMPipeline:
             weights: `student` (published evaluation) or `teacher` (its moving average).
             dtype: of the weights; default: as `MADMModel.from_pretrained`.
             device: where to run; default: CPU until `to` is called.
+            base: Stable Diffusion folder or Hub id in place of the stored reference.
 
         Raises:
             UserError: nothing there, or not a model of this suite.
         """
-        pipe = cls(MADMModel.from_pretrained(path_or_id, weights=weights, dtype=dtype))
+        pipe = cls(MADMModel.from_pretrained(path_or_id, weights=weights, dtype=dtype, base=base))
         return pipe if device is None else pipe.to(device)
 
     def to(self, device: str | torch.device) -> MADMPipeline:
@@ -204,7 +206,8 @@ def inference_accelerator(mixed_precision: str) -> Accelerator:
     from accelerate import Accelerator
 
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
+        # `cpu`: without it, several processes on a machine without GPU would not form a group.
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision} does not run here: {error} Use no.") from None
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":

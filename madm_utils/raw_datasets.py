@@ -157,7 +157,15 @@ RAW_DATASETS = {
                 ),
                 "test": RawSplit(
                     "69mask_test_edges/{sequence}/{frame}.png",
-                    (LabelFiles("test_semantic_labels/{sequence}/11classes/{frame}.png", len(STREET_CLASSES)),),
+                    # As the published file lists name them, then as the official archives unpack.
+                    tuple(
+                        LabelFiles(f"{folder}/{{frame}}.png", len(STREET_CLASSES))
+                        for folder in (
+                            "test_semantic_labels/{sequence}/11classes",
+                            "test_semantic_labels/{sequence}/11classes/data",
+                            "test/{sequence}/11classes/data",
+                        )
+                    ),
                     # No events precede the first label, so the published selection leaves frame 0 out.
                     first_frame=1,
                     published_count=2806,

@@ -197,8 +197,8 @@ def test_a_failed_evaluation_leaves_the_earlier_one(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--batch_size", 0), "--batch_size is 0; expected at least 1"),
-        (("--num_pictures", -1), "--num_pictures is -1; expected at least 0"),
+        (("--batch_size", 0), "--batch_size: expected a positive number, got 0"),
+        (("--num_pictures", -1), "--num_pictures: expected a non-negative number, got -1"),
         (("--task", "a", "--task_config", "b"), "--task or --task_config, not both"),
         (("--output_dir", __file__), "is a file; give a folder"),
     ],

@@ -147,7 +147,10 @@ def test_wrong_folders_are_named_and_nothing_is_written(model, photos, tmp_path)
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(("--batch_size", 0), "--batch_size is 0"), (("--overlay_alpha", 1.5), "--overlay_alpha is 1.5; expected 0..1")],
+    [
+        (("--batch_size", 0), "--batch_size: expected a positive number, got 0"),
+        (("--overlay_alpha", 1.5), "--overlay_alpha: expected a number from 0 to 1, got 1.5"),
+    ],
 )
 def test_impossible_flags_are_named(capsys, more, message):
     with pytest.raises(SystemExit) as stopped:

@@ -99,6 +99,19 @@ def test_task_prepares_source_and_target_and_labels_only_the_test_split(raw, out
     assert sorted(p.name for p in out.iterdir()) == ["cityscapes", "deliver"]
 
 
+@pytest.mark.parametrize(
+    "folder", ["test_semantic_labels/zurich_city_13_a/11classes/data", "test/zurich_city_13_a/11classes/data"]
+)
+def test_dsec_labels_as_the_official_archives_unpack(raw, out, folder):
+    old, new = raw / "DSEC/test_semantic_labels/zurich_city_13_a/11classes", raw / "DSEC" / folder
+    files = list(old.iterdir())
+    new.mkdir(parents=True)
+    for path in files:
+        path.rename(new / path.name)
+    prepare("--dataset", "dsec", "--raw_dir", raw, "--output_dir", out)
+    assert len(load(out / "dsec/test")[0]) == 2
+
+
 def test_dsec_and_fmb_selections(raw, out):
     prepare("--dataset", "dsec", "--raw_dir", raw, "--output_dir", out)
     train, test = load(out / "dsec/train")[0], load(out / "dsec/test")[0]
@@ -309,7 +322,7 @@ def test_truncated_image_and_unsupported_mode(raw, out):
         (("--task", "x"), "unknown task 'x'; tasks: cityscapes_to"),
         (("--dataset", "x"), "unknown dataset 'x'; known: cityscapes, deliver"),
         ((), "give exactly one of --task"),
-        (("--dataset", "fmb", "--max_samples", "0"), "--max_samples must be at least 1, got 0"),
+        (("--dataset", "synthetic", "--resolution", "16"), "--resolution must be at least 32, got 16"),
         (("--dataset", "fmb", "--as_raw"), "--as_raw draws raw layouts"),
         (("--dataset", "synthetic", "--file_list", "x"), "--file_list selects files of the raw datasets"),
     ],

@@ -1,0 +1,284 @@
+"""The real scripts as subprocesses: raw layouts -> prepare -> train -> evaluate -> predict, resume, and mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_model import RESOLUTION, base_folder, write_data
+
+import train_madm
+from madm_utils.args import train_parser
+from madm_utils.cli import UserError
+from madm_utils.raw_layouts import write_raw_layouts
+from madm_utils.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+WIDTHS = ("--projection_channels", "32", "--bottleneck_channels", "32", "--head_channels", "16", "--rank", "4")
+TARGET_IMAGES = {"depth": "DELIVER/depth", "infrared": "FMB/test/Infrared", "event": "DSEC/69mask_test_edges"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+def script(name: str, *flags, check: bool = True, launcher: tuple = (sys.executable,)) -> subprocess.CompletedProcess:
+    """Run a script of the repository; `check` expects success."""
+    command = [*launcher, str(ROOT / name), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train_flags(data: Path, out: Path, *more, task: str = "synthetic_to_depth") -> list[str]:
+    paths = ("--data_dir", data, "--output_dir", out, "--pretrained_model_name_or_path", base_folder())
+    small = ("--resolution", RESOLUTION, *WIDTHS, "--dataloader_num_workers", 0, "--rare_class_min_pixels", 10)
+    return [str(f) for f in ("--task", task, *paths, *small, "--max_train_steps", 2, "--logging_steps", 1, *more)]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw") / "trees"
+    write_raw_layouts(folder, num_train=4, num_test=2, seed=0, height=96, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("name", [n for n in TASKS if n.startswith("cityscapes")])
+def test_every_published_task_end_to_end(name, tuning, raw, tmp_path_factory):
+    """prepare -> two steps -> evaluate -> predict on a tree in the official layout."""
+    task, folder = TASKS[name], tmp_path_factory.getbasetemp() / name
+    if not (folder / "data").exists():
+        script("prepare_datasets.py", "--task", name, "--raw_dir", raw, "--output_dir", folder / "data", "--verify")
+    out = folder / tuning
+    script("train_madm.py", *train_flags(folder / "data", out, "--unet_tuning", tuning, task=name))
+    expected = {"madm_config.json", "run.json", "README.md", "segmenter", "teacher", "logs"}
+    expected.add("unet" if tuning == "full" else "pytorch_lora_weights.safetensors")
+    assert {p.name for p in out.iterdir()} == expected
+    record = json.loads((out / "run.json").read_text())
+    for key, value in task.hyperparameters.items():
+        assert record["settings"][key] == value
+    assert record["task"]["class_names"] == list(task.class_names) and "torch" in record["versions"]
+
+    script("eval_madm.py", "--model_path", out, "--data_dir", folder / "data", "--output_dir", out / "evaluation")
+    metrics = json.loads((out / "evaluation/metrics.json").read_text())
+    assert metrics["task"] == name and metrics["num_images"] == 2
+    assert list(metrics["per_class"]) == list(task.class_names)
+
+    pictures = next((raw / TARGET_IMAGES[task.modality]).rglob("*.png")).parent
+    script("predict_madm.py", "--model_path", out, "--input", pictures, "--output_dir", out / "predictions")
+    inputs = sorted(pictures.glob("*.png"))
+    for path in inputs:
+        label = Image.open(out / "predictions" / f"{path.stem}_label.png")
+        assert label.size == Image.open(path).size and np.asarray(label).max() < task.num_classes
+    assert inputs
+
+
+def scalars(out: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(out / "logs/madm"))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    paths = [p for p in out.rglob("*.safetensors") if not p.relative_to(out).parts[0].startswith("checkpoint")]
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in paths}
+
+
+@pytest.fixture(scope="module")
+def finished_run(data, tmp_path_factory):
+    """Four steps with a checkpoint, a picture and a log entry at every second step."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    steps = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    train_madm_run(data, out, *steps, "--validation_steps", 2)
+    return out
+
+
+def train_madm_run(data, out, *more, **options):
+    return script("train_madm.py", *train_flags(data, out, *more), **options)
+
+
+def test_logs_pictures_and_rotation(finished_run):
+    logged = scalars(finished_run)
+    assert {"train/source_loss", "train/target_loss", "train/lplr_source_loss", "train/lplr_target_loss",
+            "train/pseudo_label_weight", "train/teacher_timestep", "train/learning_rate", "train/gradient_norm"
+            } == set(logged)  # fmt: skip
+    assert all(len(values) == 4 and np.isfinite(values).all() for values in logged.values())
+    assert logged["train/teacher_timestep"][0] in (60, 61)
+    assert {p.name for p in finished_run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    for step in (2, 4):
+        assert Image.open(finished_run / f"validation/step-{step}.png").width > 9 * 128
+    assert not [p for p in finished_run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_equal_settings_give_equal_weights(finished_run, data, tmp_path):
+    train_madm_run(data, tmp_path / "again", "--max_train_steps", 4, "--dataloader_num_workers", 2)
+    assert weights(tmp_path / "again") == weights(finished_run)
+
+
+def test_resume_gives_the_uninterrupted_run(finished_run, data, tmp_path):
+    """Bit-identical weights after stopping at step 2, teacher and optimiser included."""
+    out = tmp_path / "out"
+    train_madm_run(data, out, "--max_train_steps", 4, "--checkpointing_steps", 1)
+    for step in (3,):
+        (out / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
+    for path in [p for p in out.iterdir() if p.name not in ("checkpoint-2", "checkpoint-1", "run.json")]:
+        path.rename(tmp_path / f"old-{path.name}")
+    flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    done = train_madm_run(data, out, *flags)
+    assert "at step 2" in done.stdout
+    assert weights(out) == weights(finished_run)
+    later, resumed = tmp_path / "later-3", out / "checkpoint-3"
+    for name in ("training_state.safetensors", "segmenter/diffusion_pytorch_model.safetensors"):
+        assert (later / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_checkpoint_is_a_model(finished_run, data, tmp_path):
+    script(
+        "eval_madm.py",
+        "--model_path",
+        finished_run / "checkpoint-3",
+        "--data_dir",
+        data,
+        "--output_dir",
+        tmp_path / "e",
+    )
+    assert (tmp_path / "e/metrics.json").exists()
+
+
+def test_source_only(data, tmp_path):
+    """No target image is read, no teacher is kept."""
+    train_madm_run(data, tmp_path / "out", "--source_only")
+    assert not (tmp_path / "out/teacher").exists()
+    assert set(scalars(tmp_path / "out")) >= {"train/source_loss"}
+    assert "train/target_loss" not in scalars(tmp_path / "out")
+
+
+def test_own_task_with_accumulation_8bit_and_bf16(data, tmp_path):
+    """A user's task file: three classes on the synthetic data."""
+    task = {
+        "name": "mine", "source": "synthetic_rgb", "target": "synthetic_infrared", "modality": "infrared",
+        "class_names": ["ground", "sky", "thing"], "palette": [[128, 64, 128], [70, 130, 180], [0, 0, 142]],
+        "source_label_map": {i: {5: 0, 6: 0, 0: 1}.get(i, 2) for i in range(11)},
+        "target_label_map": {i: {5: 0, 6: 0, 0: 1}.get(i, 255) for i in range(11)},
+        "resolution": 64, "source_size": [64, 64], "target_size": [64, 80],
+        "hyperparameters": {"max_train_steps": 2, "learning_rate": 0.001, "lplr_loss": "source"},
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    flags = train_flags(data, tmp_path / "out", "--gradient_accumulation_steps", 2, "--use_8bit_adam")
+    flags = ["--task_config", str(tmp_path / "mine.yaml"), *flags[2:], "--mixed_precision", "bf16"]
+    script("train_madm.py", *flags, "--gradient_checkpointing", "--lr_scheduler", "cosine")
+    flags = ("--model_path", tmp_path / "out", "--data_dir", data, "--output_dir", tmp_path / "e")
+    script("eval_madm.py", *flags, "--task_config", tmp_path / "mine.yaml")
+    assert list(json.loads((tmp_path / "e/metrics.json").read_text())["per_class"]) == task["class_names"]
+
+
+def test_two_processes(data, tmp_path):
+    """Two gloo processes train one model; only the main one writes."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    flags = (
+        "--train_unet_output_layers",
+        "--unet_tuning",
+        "full",
+        "--lplr_loss",
+        "source",
+        "--checkpointing_steps",
+        1,
+    )
+    done = train_madm_run(data, tmp_path / "out", *flags, launcher=launcher)
+    assert "2 x cpu" in done.stdout and done.stdout.count("trained model") == 1
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["num_processes"] == 2
+    assert (tmp_path / "out/checkpoint-1").is_dir()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_messages_of_the_script(data, tmp_path):
+    """Exit code 2, one line, no traceback, nothing written: through the real script once."""
+    for flags, message in (
+        (train_flags(data, tmp_path / "o", task="unknown"), "error: unknown task 'unknown'"),
+        (train_flags(tmp_path / "absent", tmp_path / "o"), "prepare_datasets.py"),
+    ):
+        done = script("train_madm.py", *flags, check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "o").exists()
+
+
+def test_output_dir_of_another_run(finished_run, data):
+    with pytest.raises(UserError, match="already holds a run .*--resume_from_checkpoint latest"):
+        train_madm.main(train_flags(data, finished_run))
+
+
+def test_output_dir_is_a_file(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        train_madm.main(train_flags(data, tmp_path / "file"))
+
+
+def test_nothing_to_resume(data, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint-"):
+        train_madm.main(train_flags(data, tmp_path / "o", "--resume_from_checkpoint", "latest"))
+
+
+def test_resume_from_something_else(finished_run, data, tmp_path):
+    flags = ("--resume_from_checkpoint", "checkpoint-77")
+    with pytest.raises(UserError, match="no training checkpoint .*checkpoint-2, checkpoint-3"):
+        train_madm.main(train_flags(data, finished_run, *flags))
+
+
+def test_resume_with_another_model(finished_run, data):
+    flags = ("--resume_from_checkpoint", "latest", "--rank", "8")
+    with pytest.raises(UserError, match="mis-shaped"):
+        train_madm.main(train_flags(data, finished_run, *flags))
+
+
+def test_checkpoint_of_another_task(finished_run, data, tmp_path):
+    flags = ("--model_path", finished_run, "--data_dir", data, "--output_dir", tmp_path / "e")
+    done = script("eval_madm.py", *flags, "--task", "synthetic_to_event", check=False)
+    assert done.returncode == 2 and "synthetic_to_depth" in done.stderr and "synthetic_to_event" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resolution", "100"), "--resolution must be a multiple of 64, got 100"),
+        (("--dplg_timestep", "61", "60"), "--dplg_timestep takes T or LOW HIGH"),
+        (("--dplg_timestep", "2000"), "from 0 to 999, got 2000"),
+        (("--lplr_weight", "1", "2", "3"), "--lplr_weight takes one number"),
+        (("--projection_channels", "48"), "--projection_channels must be a multiple of 32"),
+        (("--projection_channels", "160"), "above 128 must be a multiple of 128"),
+        (("--train_unet_output_layers",), "needs --unet_tuning full"),
+        (("--unet_tuning", "full", "--train_unet_output_layers", "--lplr_loss", "none"), "needs latent regression"),
+        (("--learning_rate", "-1"), "expected a positive number, got -1"),
+        (("--ema_decay", "2"), "expected a number from 0 to 1, got 2"),
+    ],
+)
+def test_bad_flags(flags, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_madm.main(train_flags(data, tmp_path / "o", *flags))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_flag_is_read():
+    """A flag that nobody reads is a lie in `--help`."""
+    sources = "".join(p.read_text() for p in [ROOT / "train_madm.py", ROOT / "madm_utils/args.py"])
+    for action in train_parser("")._actions:
+        if action.dest not in ("help", "task", "task_config"):
+            assert f"args.{action.dest}" in sources, action.dest
+            assert action.help
+
+
+def test_help_is_quick_and_complete():
+    done = script("train_madm.py", "--help")
+    assert "--pseudo_label_threshold" in done.stdout and "accelerate launch" in done.stdout
