@@ -55,7 +55,7 @@ from madm_utils.checkpointing import (
     save_training_state,
 )
 from madm_utils.datasets import AdaptationDataset
-from madm_utils.ema import ema_decay, update_teacher
+from madm_utils.ema import copy_buffers, ema_decay, update_teacher
 from madm_utils.hub import push_to_hub, versions, write_model_card
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
 from madm_utils.modeling_madm import MADMModel
@@ -198,6 +198,8 @@ def train(run: Run, args: Namespace, task: Task, accelerator: Accelerator) -> No
         # The teacher follows the student's previous step (mean teacher); at step 0 it is still its copy.
         if run.teacher is not None and run.step > 0:
             update_teacher(run.teacher, student.segmenter, ema_decay(run.step, args.ema_decay))
+            if args.teacher_mode == "eval":
+                copy_buffers(run.teacher, student.segmenter)
 
         for index in range(args.gradient_accumulation_steps):
             batch = next(batches)

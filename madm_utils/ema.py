@@ -18,3 +18,10 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
     shadow = [p.data for p in teacher.parameters()]
     current = [p.data.to(s.device, s.dtype) for p, s in zip(student.parameters(), shadow, strict=True)]
     torch._foreach_lerp_(shadow, current, 1.0 - decay)
+
+
+@torch.no_grad()
+def copy_buffers(teacher: nn.Module, student: nn.Module) -> None:
+    """Give the teacher the student's BatchNorm statistics: in evaluation mode it gathers none of its own."""
+    for shadow, current in zip(teacher.buffers(), student.buffers(), strict=True):
+        shadow.copy_(current)
