@@ -15,6 +15,7 @@ from pathlib import Path
 from madm_utils import cli
 from madm_utils.args import add_task_arguments, formatter
 from madm_utils.cli import UserError
+from madm_utils.files import check_writable
 from madm_utils.tasks import load_task
 
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     task = load_task(args.task, args.task_config)
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    check_writable(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"--output_dir {output_dir} already holds something; give another folder or delete this one")
 
     from madm_utils.base_model import BaseModelReference

@@ -35,6 +35,7 @@ import numpy as np
 
 from madm_utils.args import add_inference_arguments, add_task_arguments, formatter, non_negative_int, positive_int
 from madm_utils.cli import UserError, run
+from madm_utils.files import check_writable
 from madm_utils.hub import versions
 from madm_utils.tasks import Task, load_task
 
@@ -73,14 +74,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.task and args.task_config:
         parser.error("give --task or --task_config, not both")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"--output_dir {args.output_dir} is a file; give a folder")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
+    check_writable(args.output_dir)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # On the CPU every process computes with all cores (below); waiting threads must sleep, not spin.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded

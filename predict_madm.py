@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from madm_utils.args import add_inference_arguments, formatter, fraction
 from madm_utils.cli import UserError, run
+from madm_utils.files import check_writable, replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=accelerator.device,
         base=args.pretrained_model_name_or_path,
     )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     files = list(outputs)
     with tqdm(total=len(files), desc="predict", unit="image") as progress:
@@ -94,8 +96,7 @@ def plan_outputs(source: Path, output_dir: Path) -> dict[Path, Path]:
         UserError: no such input, no images, an output folder that cannot be used, or two inputs that would write the
             same files.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; give a folder")
+    check_writable(output_dir)
     if source.is_file():
         return {source: output_dir / source.stem}
     if not source.is_dir():
@@ -135,7 +136,6 @@ def write_prediction(
     import numpy as np
     from PIL import Image
 
-    from madm_utils.files import replacing
     from madm_utils.visualization import colorize, overlay
 
     color = colorize(label_map, palette)
@@ -151,13 +151,10 @@ def write_prediction(
 
 def write_legend(path: Path, class_names: tuple[str, ...], palette: tuple[tuple[int, int, int], ...]) -> None:
     """Write class id -> name and RGB colour as JSON."""
-    from madm_utils.files import replacing
-
     legend = {
         k: {"name": name, "color": list(color)}
         for k, (name, color) in enumerate(zip(class_names, palette, strict=True))
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(legend, indent=2) + "\n", encoding="utf-8")
 

@@ -19,18 +19,19 @@ Go on after an interruption with the same command and `--resume_from_checkpoint 
 import copy
 import json
 import logging
+import os
 import random
 import shutil
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from madm_utils import cli
-from madm_utils.args import parse_train_args, train_parser
+from madm_utils.args import check_precision, parse_train_args, train_parser
 from madm_utils.cli import UserError
 
 # Parsed before the heavy imports, so that `--help` and mistakes on the command line answer at once.
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -48,17 +50,21 @@ from tqdm import tqdm
 from madm_utils.augmentations import class_mix_masks, mix, strong_augment
 from madm_utils.base_model import BaseModelReference
 from madm_utils.checkpointing import (
+    check_resume,
+    list_checkpoints,
     load_training_state,
     publish_folder,
+    remove_unfinished,
     resolve_checkpoint,
     rotate_checkpoints,
     save_training_state,
 )
 from madm_utils.datasets import AdaptationDataset
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
+from madm_utils.files import check_writable, replacing
 from madm_utils.hub import push_to_hub, versions, write_model_card
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
-from madm_utils.modeling_madm import MADMModel
+from madm_utils.modeling_madm import CONFIG_NAME, MADMModel
 from madm_utils.optimization import build_adamw, lr_scheduler, parameter_groups
 from madm_utils.pseudo_labels import dplg_timestep, palette_image, palette_table, pseudo_label, valid_mask
 from madm_utils.segmenter import Segmenter
@@ -107,6 +113,9 @@ def adaptation_pass(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One pass of MADM over a batch: four losses, gradients accumulated in the model.
 
+    Each branch is back-propagated at once, so that only one branch's activations live (and a LoRA adapter could be
+    switched between the branches without losing gradients).
+
     Args:
         model: the student, as `accelerator.prepare` returns it.
         teacher: the mean teacher's segmenter; None trains on the source only.
@@ -119,29 +128,41 @@ def adaptation_pass(
     Returns:
         Scalars to log, and images and labels to look at; all detached.
     """
+    if teacher is None:
+        return source_branch(model, batch, args, palette, accelerator)
+    # Under DDP the last branch alone synchronises; the forward pass decides that, so it is inside too.
+    with accelerator.no_sync(model):
+        scalars, pictures = source_branch(model, batch, args, palette, accelerator)
+    mixed_scalars, mixed_pictures = mixed_branch(model, teacher, batch, draws, args, palette, accelerator)
+    return scalars | mixed_scalars, pictures | mixed_pictures
+
+
+def source_branch(model, batch, args, palette, accelerator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Supervised: cross entropy on the source, and regression of its label's palette image in latent space (LPLR)."""
     student: MADMModel = accelerator.unwrap_model(model)
     source, source_label = batch["source_image"].float() / 255, batch["source_label"]
 
-    def label_latent_of(labels: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return student.extractor.encode(palette_image(labels, palette))
-
-    # Source pass: supervised cross entropy, and regression of the label's palette image in latent space (LPLR).
     output = model(source)
-    source_losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, average=args.loss_average)}
+    losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, average=args.loss_average)}
     if args.lplr_loss != "none":
-        source_losses["lplr_source_loss"] = args.lplr_weight[0] * latent_regression_loss(
-            output.label_latent, label_latent_of(source_label), valid_mask(source_label), args.loss_average
+        with accelerator.autocast():
+            label_latent = student.extractor.encode(palette_image(source_label, palette))
+        losses["lplr_source_loss"] = args.lplr_weight[0] * latent_regression_loss(
+            output.label_latent, label_latent, valid_mask(source_label), args.loss_average
         )
+    accelerator.backward(sum(losses.values()))
+
     pictures = {"source": source, "source_label": source_label, "source_logits": output.logits.detach()}
-    # Backward at once, so that only one branch's activations live; under DDP the last branch synchronises.
-    with nullcontext() if teacher is None else accelerator.no_sync(model):
-        accelerator.backward(sum(source_losses.values()))
-    if teacher is None:
-        return {name: loss.detach() for name, loss in source_losses.items()}, pictures
+    return {name: loss.detach() for name, loss in losses.items()}, pictures
+
+
+def mixed_branch(model, teacher, batch, draws, args, palette, accelerator) -> tuple[dict, dict]:
+    """Self-training: the student learns source pixels pasted on the target, and the teacher's labels of the rest."""
+    student: MADMModel = accelerator.unwrap_model(model)
+    source, source_label = batch["source_image"].float() / 255, batch["source_label"]
+    target = batch["target_image"].float() / 255
 
     # Class mix: source pixels of half of the classes pasted onto the target, then strongly augmented.
-    target = batch["target_image"].float() / 255
     mixed = draws.augment(mix(draws.mix_masks, source, target))
 
     # Mixed pass of the student.
@@ -154,21 +175,23 @@ def adaptation_pass(
     mixed_label = mix(draws.mix_masks, source_label, label)
     mixed_weight = mix(draws.mix_masks, torch.ones_like(weight), weight)
 
-    mixed_losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average)}
+    losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average)}
     if args.lplr_loss == "both":
+        with accelerator.autocast():
+            label_latent = student.extractor.encode(palette_image(mixed_label, palette))
         region = valid_mask(mixed_label) * (weight if args.lplr_mask == "pseudo" else mixed_weight)[:, None]
-        mixed_losses["lplr_target_loss"] = args.lplr_weight[1] * latent_regression_loss(
-            output.label_latent, label_latent_of(mixed_label), region, args.loss_average
+        losses["lplr_target_loss"] = args.lplr_weight[1] * latent_regression_loss(
+            output.label_latent, label_latent, region, args.loss_average
         )
-    total = sum(mixed_losses.values())
+    total = sum(losses.values())
     if args.train_unet_output_layers and args.lplr_loss == "source":
         # DDP waits for a gradient of every trainable tensor in the synchronising branch; these have none here.
         total = total + 0.0 * output.label_latent.sum()
     accelerator.backward(total)
 
-    pictures |= {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
+    pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
     pictures |= {"decoded": output.decoded, "teacher_logits": teacher_logits, "mixed_logits": output.logits.detach()}
-    scalars = {name: loss.detach() for name, loss in (source_losses | mixed_losses).items()}
+    scalars = {name: loss.detach() for name, loss in losses.items()}
     return scalars | {"pseudo_label_weight": weight.mean()}, pictures
 
 
@@ -222,7 +245,7 @@ def train(run: Run, args: Namespace, task: Task, accelerator: Accelerator) -> No
             log_scalars(scalars, run.step, progress, accelerator)
         if args.validation_steps and (run.step % args.validation_steps == 0 or last):
             log_pictures(pictures, run.step, args, task, accelerator)
-        if run.step % args.checkpointing_steps == 0 and not last:
+        if run.step % args.checkpointing_steps == 0:
             save_checkpoint(run, args, accelerator)
     progress.close()
 
@@ -283,6 +306,7 @@ def build(args: Namespace, task: Task, accelerator: Accelerator) -> Run:
     checkpoint = None
     if args.resume_from_checkpoint:
         checkpoint = resolve_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+        check_resume(checkpoint, public_settings(args), model.config(), logger)
         model.restore(checkpoint, teacher)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     run = Run(model, teacher, optimizer, scheduler, parameters, loader)
@@ -369,15 +393,33 @@ def log_pictures(
 
 
 def check_output_dir(args: Namespace) -> None:
-    """Refuse a folder that holds another run, before anything is loaded."""
+    """Refuse a folder that holds another run or cannot be written, before anything is loaded."""
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; give a folder")
-    if (output_dir / "run.json").exists() and not args.resume_from_checkpoint:
+    check_writable(output_dir)
+    # A run that ended before its first checkpoint left a record and logs, nothing to lose.
+    holds_run = (output_dir / CONFIG_NAME).exists() or list_checkpoints(output_dir)
+    if holds_run and not args.resume_from_checkpoint:
         raise UserError(
-            f"--output_dir {output_dir} already holds a run (run.json); give another folder, delete this one, or go "
-            "on with it: --resume_from_checkpoint latest"
+            f"--output_dir {output_dir} already holds a run; give another folder, delete this one, or go on with it: "
+            "--resume_from_checkpoint latest"
         )
+    if not holds_run or not args.resume_from_checkpoint:
+        return
+    checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
+    if checkpoint.parent.resolve() != output_dir.resolve():
+        raise UserError(
+            f"--output_dir {output_dir} already holds a run, and {checkpoint} belongs to another one; give a new "
+            "--output_dir to branch off from that checkpoint"
+        )
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that does not exist or is not installed: accelerate would drop the latter and log nothing."""
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name != "none" and name not in known:
+        raise UserError(f"--report_to {name} is unknown; one of {', '.join(known)}, or none")
+    if name != "none" and name not in map(str, get_available_trackers()):
+        raise UserError(f"--report_to {name} is not installed: pip install {name}, or use tensorboard or none")
 
 
 def write_record(args: Namespace, task: Task, accelerator: Accelerator) -> None:
@@ -392,11 +434,11 @@ def write_record(args: Namespace, task: Task, accelerator: Accelerator) -> None:
         "num_processes": accelerator.num_processes,
         "versions": versions(),
     }
-    record = Path(args.output_dir) / "run.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(record)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(output_dir)
+    with replacing(output_dir / "run.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def public_settings(args: Namespace) -> dict:
@@ -425,20 +467,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args, task = parse_train_args(train_parser(__doc__), argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
+    has_gpu = torch.accelerator.is_available()
+    # `accelerate launch` hands its config's precision on through the environment.
+    check_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), has_gpu)
+    check_tracker(args.report_to)
+    check_output_dir(args)
+    # `forward_sync_buffers`, its successor, would still copy BatchNorm statistics between the processes at the start.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
         # Without it, several processes on a machine without GPU would not form a group, and each write the results.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not has_gpu,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-        # BatchNorm statistics stay per process, as published; gradients live in DDP's buckets only.
+        # BatchNorm statistics stay per process, as published; synchronised gradients are views of DDP's buckets.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(args.seed)  # the same initial weights on every process
-    check_output_dir(args)
     run = build(args, task, accelerator)
     write_record(args, task, accelerator)
     if args.report_to != "none":

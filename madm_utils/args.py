@@ -4,7 +4,9 @@ Defaults are layered: built-in default < the task's hyper-parameters < an explic
 """
 
 import argparse
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from madm_utils.cli import UserError
@@ -26,7 +28,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def _positive(kind: type, zero: bool = False):
     def parse(text: str):
         value = kind(text)
-        if value < 0 or (value == 0 and not zero):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise argparse.ArgumentTypeError(f"expected a {'non-negative' if zero else 'positive'} number, got {text}")
         return value
 
@@ -44,6 +46,28 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
     return value
+
+
+def below_one(text: str) -> float:
+    """argparse type: a number from 0 to below 1."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed that Python, NumPy and torch all take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {2**32 - 1}, got {text}")
+    return value
+
+
+def check_precision(mixed_precision: str, has_gpu: bool) -> None:
+    """Raise `UserError` for fp16 without a GPU, which accelerate would run in float32 or fail in the first step."""
+    if mixed_precision == "fp16" and not has_gpu:
+        raise UserError("--mixed_precision fp16 needs a GPU, found none; use bf16 or no")
 
 
 def formatter(prog: str) -> argparse.HelpFormatter:
@@ -91,7 +115,7 @@ def train_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_data(group) -> None:
     group.add_argument("--data_dir", required=True, help="prepared data, the --output_dir of prepare_datasets.py")
-    group.add_argument("--max_train_samples", type=positive_int, help="use only the first N images of each domain")
+    group.add_argument("--max_train_samples", type=positive_int, help="use N images of each domain, evenly spaced")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=2, help="loader processes")
     group.add_argument(
         "--rare_class_sampling", action=argparse.BooleanOptionalAction, default=True,
@@ -139,10 +163,14 @@ def _add_training(group) -> None:
         "--lr_scheduler", choices=SCHEDULERS, default="multistep",
         help="multistep: warm-up, then x0.1 at 88.9%% and x0.01 at 96.3%% (published)",
     )  # fmt: skip
-    group.add_argument("--lr_warmup_steps", type=non_negative_int, help="default: 0.27%% of the steps (published)")
+    group.add_argument(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        help="default: 0.27%% of the steps for multistep (published), 0 for others",
+    )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="none on norms and biases")
-    group.add_argument("--adam_beta1", type=fraction, default=0.9, help="AdamW")
-    group.add_argument("--adam_beta2", type=fraction, default=0.999, help="AdamW")
+    group.add_argument("--adam_beta1", type=below_one, default=0.9, help="AdamW")
+    group.add_argument("--adam_beta2", type=below_one, default=0.999, help="AdamW")
     group.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW")
     group.add_argument("--max_grad_norm", type=positive_float, default=0.01, help="clip the joint gradient norm")
     group.add_argument(
@@ -201,7 +229,7 @@ def _add_method(group) -> None:
 
 def _add_run(group) -> None:
     group.add_argument("--output_dir", required=True, help="run folder: checkpoints, logs, final model")
-    group.add_argument("--seed", type=int, default=42, help="of every random draw")
+    group.add_argument("--seed", type=seed, default=42, help="of every random draw")
     group.add_argument("--checkpointing_steps", type=positive_int, default=1000, help="save every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
     group.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder, or 'latest'")
@@ -239,9 +267,17 @@ def task_defaults(parser: argparse.ArgumentParser, task: Task) -> dict[str, Any]
         action = actions.get(name)
         if action is None or name in ("help", "task", "task_config"):
             raise UserError(f"task {task.name}: hyperparameters: '{name}' is no flag of train_madm.py")
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"task {task.name}: hyperparameters: {name} is a switch: true or false, got {value!r}")
+            defaults[name] = value
+            continue
         values = value if isinstance(value, (list, tuple)) else [value]
+        if not values or (len(values) > 1 and action.nargs != "+"):
+            expected = "one value" if action.nargs != "+" else "at least one value"
+            raise UserError(f"task {task.name}: hyperparameters: {name} takes {expected}, got {value!r}")
         try:
-            checked = [v if isinstance(v, bool) else (action.type or str)(str(v)) for v in values]
+            checked = [(action.type or str)(str(v)) for v in values]
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"task {task.name}: hyperparameters: {name}: {error}") from None
         if action.choices and any(v not in action.choices for v in checked):
@@ -254,6 +290,8 @@ def _validate(parser: argparse.ArgumentParser, args: argparse.Namespace, task: T
     args.resolution = args.resolution or task.resolution
     if args.resolution % 64:
         parser.error(f"--resolution must be a multiple of 64, got {args.resolution}")
+    if Path(args.logging_dir).is_absolute() or ".." in Path(args.logging_dir).parts:
+        parser.error(f"--logging_dir is a folder inside --output_dir, got {args.logging_dir}")
     if len(args.dplg_timestep) > 2 or args.dplg_timestep[0] > args.dplg_timestep[-1]:
         parser.error(f"--dplg_timestep takes T or LOW HIGH, got {args.dplg_timestep}")
     if max(args.dplg_timestep) > 999:

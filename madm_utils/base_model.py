@@ -1,6 +1,7 @@
 """Loading Stable Diffusion parts and our own saved parts, strictly; LoRA in the diffusers format.
 
-Everything that reads weights from disk or the Hub is here. Nothing but safetensors and JSON is read.
+Everything that reads weights from disk or the Hub is here. Our own files are safetensors and JSON; a base model that
+has nothing but `.bin` files is read by the libraries as plain tensors.
 """
 
 import dataclasses
@@ -57,19 +58,34 @@ def _check_base_folder(base: BaseModelReference) -> None:
 
 
 def _load(base: BaseModelReference, cls, part: str, **options):
-    """`cls.from_pretrained` of one part with a one-line error."""
+    """`cls.from_pretrained` of one part, refusing weights that do not cover it, with a one-line error."""
+    name = base.pretrained_model_name_or_path
     if base.revision is not None:
         options["revision"] = base.revision
-    if base.variant is not None and part in ("vae", "unet", "text_encoder"):
-        options["variant"] = base.variant
+    has_weights = part in ("vae", "unet", "text_encoder")
+    if has_weights:
+        options["output_loading_info"] = True
+        if base.variant is not None:
+            options["variant"] = base.variant
     try:
-        return cls.from_pretrained(base.pretrained_model_name_or_path, subfolder=part, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded = cls.from_pretrained(name, subfolder=part, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(
-            f"cannot load '{part}' of base model {base.pretrained_model_name_or_path}: {reason}. "
+            f"cannot load '{part}' of base model {name}: {reason}. "
             "Check the name, --revision, --variant and the network, or give a local folder."
         ) from None
+    if not has_weights:
+        return loaded
+    model, info = loaded
+    # Unexpected tensors do no harm (old text encoders carry position ids); absent ones would be random numbers.
+    absent = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
+    if absent:
+        raise UserError(
+            f"'{part}' of base model {name} lacks {len(absent)} tensors that its config asks for, or has them in "
+            f"another shape: {', '.join(map(str, absent[:20]))}; download it again"
+        )
+    return model
 
 
 def load_vae(base: BaseModelReference, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -163,7 +179,8 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: str
         raise UserError(f"{where}: tensors do not fit the model; {'; '.join(problems)}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU, with a one-line error when it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -180,7 +197,11 @@ def load_strict(cls: type[ModelMixin], folder: Path, part: str) -> ModelMixin:
     path = folder / part
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is missing or lacks config.json; the folder is incomplete, copy or download it again")
-    model = cls.from_config(cls.load_config(path))
+    try:
+        model = cls.from_config(cls.load_config(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}/config.json is damaged ({reason}); copy or download it again") from None
     restore_strict(model, folder, part)
     return model
 
@@ -214,7 +235,7 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
     path = folder / LORA_WEIGHT_NAME_SAFE
-    saved = _read_safetensors(path)
+    saved = read_safetensors(path)
     state, _, metadata = StableDiffusionPipeline.lora_state_dict(
         str(folder), weight_name=LORA_WEIGHT_NAME_SAFE, return_lora_metadata=True
     )
@@ -233,7 +254,7 @@ def restore_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None
     from peft.utils import set_peft_model_state_dict
 
     path = folder / LORA_WEIGHT_NAME_SAFE
-    saved = _read_safetensors(path)
+    saved = read_safetensors(path)
     check_keys(_lora_state(unet, adapter), saved, path)
     state = {key.removeprefix("unet."): value for key, value in saved.items()}
     set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=adapter)
@@ -253,6 +274,6 @@ def _lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
 def restore_strict(module: ModelMixin, folder: Path, part: str) -> None:
     """Put the tensors saved in `folder/part` into `module`, refusing any key or shape that does not fit."""
     path = folder / part / SAFETENSORS_WEIGHTS_NAME
-    state = _read_safetensors(path)
+    state = read_safetensors(path)
     check_keys(module.state_dict(), state, path)
     module.load_state_dict(state)

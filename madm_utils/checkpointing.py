@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from madm_utils.base_model import read_safetensors
 from madm_utils.cli import UserError
 
 STATE_NAME = "training_state"
@@ -27,15 +28,24 @@ STATE_NAME = "training_state"
 def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling of `folder`, then give it its final name, replacing an older one."""
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(earlier)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Delete what killed processes left half-written in a run folder."""
+    for path in output_dir.glob(".*.tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -84,38 +94,115 @@ def save_training_state(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for key, value in _flatten(values, f"{index}.").items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.contiguous()
+                # Cloned: the quantisation maps of 8-bit AdamW are shared between parameters.
+                tensors[key] = value.detach().clone().contiguous()
             else:
-                numbers[f"{index}.{key}"] = value
+                numbers[key] = value
     save_file(tensors, folder / f"{STATE_NAME}.safetensors")
     content = {
         "step": step,
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "optimizer": {"param_groups": state["param_groups"], "numbers": numbers},
+        "optimizer": {"class": _class_name(optimizer), "param_groups": state["param_groups"], "numbers": numbers},
     }
     (folder / f"{STATE_NAME}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any | None) -> int:
-    """Restore what `save_training_state` wrote; returns the step to go on with."""
-    content = json.loads((folder / f"{STATE_NAME}.json").read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {}
-    entries = {**load_file(folder / f"{STATE_NAME}.safetensors"), **content["optimizer"]["numbers"]}
-    for name, value in entries.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    groups = content["optimizer"]["param_groups"]
-    found, expected = ([len(g["params"]) for g in x] for x in (groups, optimizer.state_dict()["param_groups"]))
+    """Restore what `save_training_state` wrote; returns the step to go on with.
+
+    Raises:
+        UserError: damaged files, or a state of another optimizer or of other parameters.
+    """
+    path = folder / f"{STATE_NAME}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        saved = content["optimizer"]
+        groups, numbers, saved_class = saved["param_groups"], saved["numbers"], saved["class"]
+        step, scheduler_state, scaler_state = content["step"], content["scheduler"], content["scaler"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint"
+        ) from None
+    found = [saved_class, *(len(group["params"]) for group in groups)]
+    expected = [_class_name(optimizer), *(len(group["params"]) for group in optimizer.state_dict()["param_groups"])]
     if found != expected:
         raise UserError(
-            f"{folder}: the optimizer has parameter groups of {found} tensors, this run has {expected}; resume with "
-            "the same --unet_tuning, --rank and model settings"
+            f"{folder}: the state belongs to {found[0]} with groups of {found[1:]} tensors, this run has "
+            f"{expected[0]} with {expected[1:]}; resume with the settings of the checkpoint's run"
         )
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**read_safetensors(folder / f"{STATE_NAME}.safetensors"), **numbers}.items():
+        index, *outer, key = name.split(".")
+        values = state.setdefault(int(index), {})
+        for part in outer:
+            values = values.setdefault(part, {})
+        values[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict(content["scheduler"])
-    if scaler is not None and content["scaler"] is not None:
-        scaler.load_state_dict(content["scaler"])
-    return content["step"]
+    scheduler.load_state_dict(scheduler_state)
+    if scaler is not None and scaler_state is not None:
+        scaler.load_state_dict(scaler_state)
+    return step
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined with dots."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    """Class of the optimizer inside accelerate's wrapper."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+# Settings that may change when a run goes on; a change of any other would make it another run.
+_FREE_SETTINGS = {
+    "output_dir", "data_dir", "pretrained_model_name_or_path", "task_config", "max_train_steps",
+    "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "validation_steps", "logging_steps", "report_to", "logging_dir", "push_to_hub", "hub_model_id",
+    "gradient_checkpointing", "allow_tf32",
+}  # fmt: skip
+
+
+def check_resume(checkpoint: Path, settings: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
+    """Compare a checkpoint with the run that wants to go on from it.
+
+    Args:
+        checkpoint: finished checkpoint folder.
+        settings: flags of the present run.
+        config: `MADMModel.config` of the present run.
+        logger: told about changed settings that do no harm.
+
+    Raises:
+        UserError: the checkpoint is of another task or model, or a setting changed that would make it another run;
+            lists each as `key: was -> now`.
+    """
+    try:
+        before = json.loads((checkpoint / "madm_config.json").read_text(encoding="utf-8"))
+        record = checkpoint.parent / "run.json"
+        recorded = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else {}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint}: its settings cannot be read ({type(error).__name__}: {error})") from None
+    # Through JSON, because tuples and integer keys come back as lists and strings.
+    now, flags = (json.loads(json.dumps(values)) for values in (config, settings))
+    changes = {
+        key: (before.get(key), now[key]) for key in ("resolution", "unet_tuning") if before.get(key) != now[key]
+    }
+    for key in ("name", "class_names", "palette", "source_label_map", "target_label_map"):
+        if before["task"].get(key) != now["task"][key]:
+            changes[f"task {key}"] = (before["task"].get(key), now["task"][key])
+    changed = {key: (recorded[key], flags[key]) for key in flags if key in recorded and recorded[key] != flags[key]}
+    changes |= {key: values for key, values in changed.items() if key not in _FREE_SETTINGS}
+    if changes:
+        listed = "; ".join(f"{key}: {was} -> {is_now}" for key, (was, is_now) in changes.items())
+        raise UserError(
+            f"{checkpoint} belongs to a run with other settings ({listed}); resume with the same ones, or start a new "
+            "run in another --output_dir"
+        )
+    for key, (was, is_now) in changed.items():
+        logger.info(f"resuming with another {key}: {was} -> {is_now}")

@@ -1,5 +1,6 @@
 """What training and evaluation read: pairs of source and target crops, and labelled target images."""
 
+import logging
 import random
 import shlex
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_la
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.getLogger(__name__)
 PROTOCOLS = ("paper", "native")
 
 
@@ -62,6 +64,7 @@ class AdaptationDataset(Dataset):
         self.target_size = task.scaled_size(task.target_size, resolution)
         source, metadata = open_task_split(data_dir, task, task.source, "train", labelled=True)
         self._label_table = label_table(metadata, task, task.source_label_map, "source_label_map")
+        warn_if_enlarged(metadata, self.source_size)
         source = source.select(evenly_spaced(len(source), max_train_samples))
         self.sampler = None
         if rare_class_sampling:
@@ -70,7 +73,8 @@ class AdaptationDataset(Dataset):
         self._source = source.select_columns(["image", "label"])
         self._target = None
         if target:
-            images, _ = open_task_split(data_dir, task, task.target, "train", labelled=False)
+            images, metadata = open_task_split(data_dir, task, task.target, "train", labelled=False)
+            warn_if_enlarged(metadata, self.target_size)
             self._target = images.select(evenly_spaced(len(images), max_train_samples)).select_columns(["image"])
 
     @property
@@ -191,6 +195,16 @@ def open_task_split(
     if labelled and not metadata.labelled:
         raise UserError(f"{folder} holds images without labels; a labelled split is needed here")
     return data, metadata
+
+
+def warn_if_enlarged(metadata: Metadata, size: tuple[int, int]) -> None:
+    """Say so when training asks for more pixels than are stored."""
+    stored = metadata.image_size
+    if stored is not None and (stored[0] < size[0] or stored[1] < size[1]):
+        logger.warning(
+            f"{metadata.dataset} {metadata.split} is stored at {stored[0]}x{stored[1]} and enlarged to "
+            f"{size[0]}x{size[1]} for this --resolution"
+        )
 
 
 def label_table(metadata: Metadata, task: Task, label_map: LabelMap | None, field: str) -> np.ndarray:

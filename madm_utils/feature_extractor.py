@@ -27,7 +27,7 @@ class DiffusionFeatureExtractor(nn.Module):
         unet: denoiser; its `requires_grad` flags are left as they are.
         scheduler: gives the cumulative alphas of the diffusion process.
         latent_size: height and width of the fixed noise; images of other sizes get their own draw.
-        noise_in_latent_dtype: round the cumulative alphas to the dtype of the latents before use, as the published
+        noise_in_latent_dtype: round the cumulative alphas of float16 latents to float16 before use, as the published
             code does under fp16 autocast (sigma at t=0 becomes 0.03125 instead of 0.02916). Otherwise float32.
     """
 
@@ -42,16 +42,17 @@ class DiffusionFeatureExtractor(nn.Module):
         super().__init__()
         if len(unet.up_blocks) < NUM_TAPS:
             raise UserError(f"the UNet has {len(unet.up_blocks)} up blocks; features need at least {NUM_TAPS}")
+        channels = (unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels)
+        if len(set(channels)) > 1:
+            raise UserError(
+                f"the UNet takes {channels[0]} and gives {channels[1]} channels, the VAE's latents have "
+                f"{channels[2]}; give a text-to-image Stable Diffusion, not an inpainting or depth one"
+            )
         self.vae = vae.requires_grad_(False)
         self.unet = unet
         self.scheduler = scheduler
         self.noise_in_latent_dtype = noise_in_latent_dtype
         self.register_buffer("shared_noise", self.draw_noise(latent_size, latent_size), persistent=False)
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Image pixels per latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def feature_channels(self) -> list[int]:
@@ -79,7 +80,7 @@ class DiffusionFeatureExtractor(nn.Module):
 
     def add_noise(self, latents: Tensor, timestep: int) -> Tensor:
         """`sqrt(abar_t) * latents + sqrt(1 - abar_t) * shared_noise`; t = 0 still adds noise (sigma 0.029)."""
-        if not self.noise_in_latent_dtype:
+        if not (self.noise_in_latent_dtype and latents.dtype == torch.float16):
             latents = latents.float()
         noise = self.shared_noise
         if noise.shape[-2:] != latents.shape[-2:]:

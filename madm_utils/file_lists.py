@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from madm_utils.cli import UserError
-from madm_utils.raw_datasets import RawDataset, RawFile, match_listed_file
+from madm_utils.raw_datasets import RAW_DATASETS, RawDataset, RawFile, match_listed_file
 
 _FORM = (
     'expected {"source_data": {"RGB": [...], "label": [...]}, "target_data": {"second_modality": [...]}} '
@@ -56,6 +56,7 @@ def find_listed_files(dataset: RawDataset, split: str, raw_dir: Path, root: Path
         raise UserError(f"{dataset.name} {split} is empty: the file list names no image for it")
 
     endings = dataset.splits[split].label_endings()
+    others = {other.folder.lower() for other in RAW_DATASETS.values()} - {dataset.folder.lower()}
 
     def resolve(listed: str) -> Path:
         kinds = [listed.removesuffix(end) + other for end in endings if listed.endswith(end) for other in endings]
@@ -63,6 +64,12 @@ def find_listed_files(dataset: RawDataset, split: str, raw_dir: Path, root: Path
             inside = Path(*Path(name).parts[1:])  # the list may spell the dataset's folder in another case
             for candidate in (raw_dir / name, root / name, root / inside):
                 if candidate.is_file():
+                    foreign = Path(name).parts[0].lower() in others
+                    if foreign or (root != raw_dir and not candidate.is_relative_to(root)):
+                        raise UserError(
+                            f"{dataset.name} {split}: the file list names {listed}, which is not {dataset.name}'s but "
+                            "another dataset's; give the list of this task"
+                        )
                     return candidate
         raise UserError(
             f"{dataset.name} {split}: the file list names {listed}, which is neither under {raw_dir} nor {root}. "

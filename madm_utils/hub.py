@@ -10,6 +10,7 @@ from madm_utils.tasks import Task
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "pillow")
 
+_PARTS = ("segmenter", "teacher", "unet")
 _CARD = """# MADM: {task}
 
 Semantic segmentation of **{modality}** images, adapted without target labels from `{source}` to `{target}` with
@@ -82,16 +83,26 @@ def push_to_hub(folder: Path, repo_id: str | None, token: str | None) -> str:
     from huggingface_hub import create_repo, upload_folder
 
     repo_id = repo_id or folder.resolve().name
-    ignored = ["checkpoint-*/**", "logs/**", "validation/**", ".*"]
+    model_files = [
+        "README.md",
+        "run.json",
+        "madm_config.json",
+        "pytorch_lora_weights.safetensors",
+        *(f"{p}/*" for p in _PARTS),
+    ]
     try:
         repo_id = create_repo(repo_id, exist_ok=True, token=token).repo_id
         upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=ignored, token=token
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            allow_patterns=model_files,
+            token=token,
         )
     except Exception as error:  # whatever the network and the Hub raise, the trained model must stay usable
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the model is complete in {folder}, but uploading it to {repo_id} failed ({reason}). Finish with: "
-            f"hf upload {repo_id} {folder} . --exclude 'checkpoint-*/**' 'logs/**' 'validation/**'"
+            f"hf upload {repo_id} {folder} . --include {' '.join(repr(p) for p in model_files)}"
         ) from None
     return f"https://huggingface.co/{repo_id}"

@@ -61,16 +61,14 @@ STREET_PALETTE = {
 
 
 def lookup_table(label_map: Mapping[int, int] | None) -> np.ndarray:
-    """Return the uint8 table of 256 entries for `label_map`; ids that are not listed keep their value."""
+    """Return the uint8 table of 256 entries for `label_map`; ids that are not listed keep their value.
+
+    `lookup_table(m)[label]` maps a uint8 label. Every look-up reads the original id, so `{0: 1, 1: 2}` does not chain.
+    """
     table = np.arange(256, dtype=np.uint8)
     for source, target in (label_map or {}).items():
         table[source] = target
     return table
-
-
-def apply_label_map(label: np.ndarray, label_map: Mapping[int, int] | None) -> np.ndarray:
-    """Map a uint8 label image. Every look-up reads the original id, so `{0: 1, 1: 2}` does not chain."""
-    return lookup_table(label_map)[label]
 
 
 def deliver_class_ids(label: np.ndarray) -> np.ndarray:

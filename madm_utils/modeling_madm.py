@@ -131,6 +131,11 @@ class MADMModel(nn.Module):
             vae, unet, base_model.load_scheduler(base), resolution // base_model.vae_scale(vae), noise_in_latent_dtype
         )
         embedding = base_model.empty_text_embedding(base)
+        if embedding.shape[2] != unet.config.cross_attention_dim:
+            raise UserError(
+                f"base model {base.pretrained_model_name_or_path}: its text encoder has width {embedding.shape[2]}, "
+                f"its UNet expects {unet.config.cross_attention_dim}; give a Stable Diffusion 1.x or 2.x model"
+            )
         segmenter = Segmenter(
             **segmenter_config(extractor, task.num_classes, **widths),
             num_tokens=embedding.shape[1],
@@ -229,8 +234,9 @@ class MADMModel(nn.Module):
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
             task = task_from_dict(config["task"], where=str(folder / CONFIG_NAME))
             reference = BaseModelReference(**config["base_model"])
-            tuning, resolution, rounding = (config[k] for k in ("unet_tuning", "resolution", "noise_in_latent_dtype"))
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            tuning, rounding = str(config["unet_tuning"]), bool(config["noise_in_latent_dtype"])
+            resolution = int(config["resolution"])
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
             ) from None

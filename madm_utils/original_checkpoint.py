@@ -36,7 +36,6 @@ _DUPLICATES = {
     "sem_seg_head_sec_modal.": "sem_seg_head.",
     "backbone.feature_extractor.clip_project_rgb.": "backbone.feature_extractor.clip_project_others.",
 }
-RESOLUTION = 512
 
 
 @dataclass
@@ -51,8 +50,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], int | None]:
     """Model tensors and iteration of a published `.pth` file; nothing pickled beyond tensors is accepted."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path}: no such file") from None
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {path} cannot be opened: {error.strerror}; give the published .pth file"
+        ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} cannot be read as plain tensors ({str(error).splitlines()[0]}); expected a file of "
@@ -87,7 +88,8 @@ def convert(state: dict[str, Tensor], task: Task, base: BaseModelReference, wher
     _check_classes(student, task, where)
 
     vae, unet, scheduler = _base_parts(base, unet_state, vae_state, where)
-    extractor = DiffusionFeatureExtractor(vae, unet, scheduler, noise.shape[-1])
+    # The published evaluation runs under fp16, whose rounding of the noise level this keeps.
+    extractor = DiffusionFeatureExtractor(vae, unet, scheduler, noise.shape[-1], noise_in_latent_dtype=True)
     if not torch.equal(extractor.shared_noise, noise):
         raise UserError(f"checkpoint {where} was trained with another fixed noise; it cannot be reproduced here")
     segmenters = []
@@ -96,7 +98,8 @@ def convert(state: dict[str, Tensor], task: Task, base: BaseModelReference, wher
         check_keys(segmenter.state_dict(), tensors, f"{where} ({name})")
         segmenter.load_state_dict(tensors)
         segmenters.append(segmenter)
-    model = MADMModel(extractor, segmenters[0], task, base, RESOLUTION, "full")
+    resolution = noise.shape[-1] * base_model.vae_scale(vae)
+    model = MADMModel(extractor, segmenters[0], task, base, resolution, "full")
     return ConvertedModel(model.eval(), segmenters[1].eval())
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from madm_utils.args import check_precision
 from madm_utils.cli import UserError
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.transforms import resize_image
@@ -205,12 +206,10 @@ def inference_accelerator(mixed_precision: str) -> Accelerator:
     """
     from accelerate import Accelerator
 
+    has_gpu = torch.accelerator.is_available()
+    check_precision(mixed_precision, has_gpu)
     try:
         # `cpu`: without it, several processes on a machine without GPU would not form a group.
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+        return Accelerator(cpu=not has_gpu, mixed_precision=mixed_precision)
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision} does not run here: {error} Use no.") from None
-    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would silently compute in float32.
-        raise UserError("--mixed_precision fp16 needs a GPU, found none; use bf16 or no")
-    return accelerator

@@ -10,6 +10,18 @@ from pathlib import Path
 
 import torch
 
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+}
+
 
 def build_small_stable_diffusion(
     folder: str | Path,
@@ -57,24 +69,8 @@ def build_small_stable_diffusion(
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         folder / "scheduler"
     )
-    (folder / "model_index.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-                "feature_extractor": [None, None],
-                "safety_checker": [None, None],
-                "requires_safety_checker": False,
-            },
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    index = json.dumps(_MODEL_INDEX, indent=2) + "\n"
+    (folder / "model_index.json").write_text(index, encoding="utf-8")
     return folder
 
 

@@ -5,7 +5,7 @@ The six built-in tasks are listed in `TASKS`. A user's own task is a JSON or YAM
 """
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +186,10 @@ def task_from_dict(fields: Mapping[str, Any], where: str) -> Task:
 def _validate(task: Task, where: str) -> None:
     classes = task.num_classes
     problems = []
+    for key in ("name", "source", "target", "modality"):
+        # They become folder names, and the modality the name of an adapter, in which a dot would mean a sub-module.
+        if not isinstance(getattr(task, key), str) or not re.fullmatch(r"[A-Za-z0-9_-]+", getattr(task, key)):
+            problems.append(f"{key} is made of letters, digits, _ and -, got {getattr(task, key)!r}")
     if not 2 <= classes <= 254 or len(set(task.class_names)) != classes:
         problems.append(f"class_names needs 2 to 254 different names, got {list(task.class_names)}")
     if len(task.palette) != classes:
@@ -209,8 +213,3 @@ def _validate(task: Task, where: str) -> None:
             problems.append(f"{key} is [height, width], both at least resolution {task.resolution}, got {list(size)}")
     if problems:
         raise UserError(f"{where}: " + "; ".join(problems))
-
-
-def save_task(task: Task, path: str | Path) -> None:
-    """Write `task` as JSON."""
-    Path(path).write_text(json.dumps(task.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from tiny_model import RESOLUTION, write_data, write_model
 import eval_madm
 from madm_utils import MADMModel
 from madm_utils.cli import UserError
-from madm_utils.tasks import TASKS, save_task
+from madm_utils.tasks import TASKS
 
 SCRIPT = Path(eval_madm.__file__)
 TASK = TASKS["synthetic_to_depth"]
@@ -112,7 +112,8 @@ def test_numbers_and_files(model, data, tmp_path, capsys, protocol):
 
 def test_teacher_task_and_sample_limit(model, data, tmp_path):
     student = evaluate(model, data, tmp_path / "student", "--max_samples", 2, "--task", TASK.name)
-    save_task(dataclasses.replace(TASK, hyperparameters={"rank": 3}), tmp_path / "task.json")
+    other = dataclasses.replace(TASK, hyperparameters={"rank": 3})
+    (tmp_path / "task.json").write_text(json.dumps(other.to_dict()))
     teacher = evaluate(
         model, data, tmp_path / "teacher", "--max_samples", 2, "--weights", "teacher",
         "--task_config", tmp_path / "task.json",
@@ -194,13 +195,19 @@ def test_a_failed_evaluation_leaves_the_earlier_one(model, data, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
 
 
+def test_output_dir_that_cannot_be_written(model, data):
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        eval_madm.main(arguments(model, data, Path(__file__)))
+    with pytest.raises(UserError, match="test_eval_madm.py is a file; give a folder"):
+        eval_madm.main(arguments(model, data, Path(__file__) / "below"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--batch_size", 0), "--batch_size: expected a positive number, got 0"),
         (("--num_pictures", -1), "--num_pictures: expected a non-negative number, got -1"),
         (("--task", "a", "--task_config", "b"), "--task or --task_config, not both"),
-        (("--output_dir", __file__), "is a file; give a folder"),
     ],
 )
 def test_impossible_flags_are_named(tmp_path, capsys, more, message):

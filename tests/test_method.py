@@ -1,6 +1,5 @@
 """Parts of the method against goldens of the published code, hand-computed numbers, and slow references."""
 
-import json
 import random
 
 import kornia
@@ -16,16 +15,6 @@ from madm_utils.optimization import lr_scheduler, multistep_factor, parameter_gr
 from madm_utils.pseudo_labels import dplg_timestep, palette_image, palette_table, pseudo_label
 
 
-def test_learning_rates(fixtures):
-    """Every golden value of the published schedule, within 1e-9."""
-    golden = json.loads((fixtures / "common/lr_schedule.json").read_text())
-    factor = multistep_factor(10000)
-    points = {int(k): v for k, v in golden["lr_at"].items()} | dict(enumerate(golden["lr_first_40"]))
-    assert len(points) > 40
-    for step, value in points.items():
-        assert 5e-6 * factor(step) == pytest.approx(value, rel=1e-9), step
-
-
 def test_warmup_steps():
     factor = multistep_factor(100, warmup_steps=10)
     assert factor(0) == pytest.approx(0.067)
@@ -39,18 +28,6 @@ def test_scheduler_names():
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr()[0] == pytest.approx(0.9)
-
-
-def test_color_jitter_and_blur_goldens(fixtures):
-    golden = np.load(fixtures / "common/aug_cases.npz")
-    cases = json.loads((fixtures / "common/aug_cases.json").read_text())
-    images = torch.from_numpy(golden["image"]).float() / 255
-    for i, case in enumerate(cases["jitter"]):
-        ours = augmentations.color_jitter(images[i], **case)
-        torch.testing.assert_close(ours, torch.from_numpy(golden[f"jitter_{i}"]), atol=1e-4, rtol=0)
-    assert [augmentations.blur_kernel_size(n) for n in (96, 128, 512)] == [9, 13, 51]
-    blurred = augmentations.gaussian_blur(images[0], cases["blur"]["sigma"])
-    torch.testing.assert_close(blurred, torch.from_numpy(golden["blur_0"]), atol=1e-4, rtol=0)
 
 
 def test_hsv_against_kornia():

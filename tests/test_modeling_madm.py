@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_model import RESOLUTION, WIDTHS, base_folder, new_model, write_model
@@ -17,6 +18,7 @@ from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.modeling_madm import LORA_TARGET_MODULES, MADMModel
 from madm_utils.pseudo_labels import palette_table
+from madm_utils.small_model import build_small_stable_diffusion
 from madm_utils.tasks import TASKS
 
 TASK = TASKS["synthetic_to_depth"]
@@ -200,13 +202,16 @@ def branch_loss(unet, adapter: str) -> torch.Tensor:
     return unet(sample, 3, torch.ones(1, 77, 32, dtype=torch.double)).sample.square().mean()
 
 
-def test_trap_one_backward_before_switching_adapters():
-    """One backward after both forwards leaves the first adapter without any gradient, silently; backward per branch,
-    as `adaptation_pass` does, gives both their gradients."""
+def test_trap_one_switching_adapters_before_backward():
+    """One backward after both forwards leaves the first adapter without any gradient, silently; backward per branch
+    gives both theirs."""
     unet = two_adapters()
+    (branch_loss(unet, "rgb") + branch_loss(unet, "depth")).backward()
+    count = len(lora_gradients(unet, "depth"))
+    assert count > 0 and not lora_gradients(unet, "rgb")
+    unet.zero_grad()
     for adapter in ("rgb", "depth"):
         branch_loss(unet, adapter).backward()
-    count = sum(".lora_A.depth." in n or ".lora_B.depth." in n for n, _ in unet.named_parameters())
     assert len(lora_gradients(unet, "rgb")) == len(lora_gradients(unet, "depth")) == count
 
 
@@ -224,8 +229,16 @@ def test_trap_two_checkpointing_recomputes_with_the_active_adapter():
             torch.testing.assert_close(both[name], gradient, msg=name)
 
 
-def pass_gradients(tuning: str, checkpointing: bool, *flags: str) -> tuple[dict, dict]:
-    """Scalars and gradients of one `adaptation_pass` on random images."""
+class RecordingAccelerator(Accelerator):
+    """The real one, with a list of what happened in which order."""
+
+    def backward(self, loss, **kwargs):
+        self.events.append("backward")
+        super().backward(loss, **kwargs)
+
+
+def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list | None = None) -> tuple[dict, dict]:
+    """Scalars and gradients of one `adaptation_pass` on random images; `events` gets its forwards and backwards."""
     torch.manual_seed(0)
     required = ["--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
     args, _ = parse_train_args(train_parser(""), ["--task", TASK.name, *required, *flags])
@@ -247,11 +260,12 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str) -> tuple[dict,
         "source_label": torch.randint(TASK.num_classes, (2, *shape[2:]), generator=generator),
     }
     batch["source_label"][:, :8] = 255
-    from accelerate import Accelerator
-
+    accelerator = RecordingAccelerator(cpu=True)
+    accelerator.events = [] if events is None else events
+    model.register_forward_hook(lambda *_: accelerator.events.append("forward"))
     draws = train_madm.draw(batch["source_label"], 0, "stream", args)
     palette = palette_table(TASK.palette)
-    scalars, _ = train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, Accelerator(cpu=True))
+    scalars, _ = train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, accelerator)
     return scalars, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -267,6 +281,13 @@ def test_every_trainable_tensor_learns_and_checkpointing_changes_nothing(tuning)
     for name, gradient in plain.items():
         if gradient is not None:
             torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_each_branch_is_back_propagated_before_the_next():
+    """Source forward and backward; then mixed, teacher, backward. So neither trap can reach `adaptation_pass`."""
+    events = []
+    pass_gradients("lora", True, events=events)
+    assert events == ["forward", "backward", "forward", "forward", "backward"]
 
 
 @pytest.mark.parametrize(
@@ -400,6 +421,40 @@ def test_base_model_without_weights(tmp_path):
     (tmp_path / "sd/unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load 'unet'"):
         MADMModel.from_base(BaseModelReference(str(tmp_path / "sd")), TASK, RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")],
+)
+def test_base_weights_that_lack_a_tensor(part, name, tmp_path):
+    """Absent tensors would be random numbers."""
+    shutil.copytree(base_folder(), tmp_path / "sd")
+    path = tmp_path / "sd" / part / f"{name}.safetensors"
+    tensors = load_file(path)
+    dropped = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != dropped}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"'{part}' of base model .* lacks 1 tensors"):
+        MADMModel.from_base(BaseModelReference(str(tmp_path / "sd")), TASK, RESOLUTION, **WIDTHS)
+
+
+def test_base_that_is_no_text_to_image_model(tmp_path):
+    build_small_stable_diffusion(tmp_path / "sd", (16, 32, 32, 32), (8, 16, 16), prompt_dim=64, norm_groups=4)
+    shutil.rmtree(tmp_path / "sd/text_encoder")
+    shutil.copytree(base_folder() / "text_encoder", tmp_path / "sd/text_encoder")
+    with pytest.raises(UserError, match="its text encoder has width 32, its UNet expects 64"):
+        MADMModel.from_base(BaseModelReference(str(tmp_path / "sd")), TASK, RESOLUTION, **WIDTHS)
+    inpainting = UNet2DConditionModel.from_config({**new_model(TASK).unet.config, "in_channels": 9})
+    extractor = new_model(TASK).extractor
+    with pytest.raises(UserError, match="takes 9 and gives 4 channels"):
+        DiffusionFeatureExtractor(extractor.vae, inpainting, extractor.scheduler, 16)
+
+
+def test_damaged_configs(tmp_path, saved):
+    shutil.copytree(saved["full"], tmp_path / "m")
+    (tmp_path / "m/segmenter/config.json").write_text("{")
+    with pytest.raises(UserError, match="segmenter/config.json is damaged"):
+        MADMModel.from_pretrained(tmp_path / "m")
 
 
 def test_moved_base_is_named_and_can_be_replaced(tmp_path, saved):

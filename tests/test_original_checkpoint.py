@@ -84,7 +84,8 @@ def test_optimiser_state_and_missing_iteration_are_accepted(flags, state, tmp_pa
 
 
 def test_missing_file(flags, tmp_path):
-    fails({**flags, "--checkpoint_path": tmp_path / "absent.pth"}, "absent.pth: no such file")
+    fails({**flags, "--checkpoint_path": tmp_path / "absent.pth"}, "absent.pth cannot be opened: No such file")
+    fails({**flags, "--checkpoint_path": tmp_path}, "cannot be opened: Is a directory")
 
 
 def test_file_that_is_no_checkpoint(flags, tmp_path):

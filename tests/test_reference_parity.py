@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,17 +20,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 import train_madm
-from madm_utils import base_model
+from madm_utils import augmentations, base_model
 from madm_utils.args import parse_train_args, train_parser
 from madm_utils.base_model import BaseModelReference
 from madm_utils.ema import ema_decay, update_teacher
+from madm_utils.label_spaces import deliver_class_ids, lookup_table
+from madm_utils.metrics import confusion_matrix, scores
 from madm_utils.modeling_madm import MADMModel
-from madm_utils.optimization import build_adamw, lr_scheduler, parameter_groups
+from madm_utils.optimization import build_adamw, lr_scheduler, multistep_factor, parameter_groups
 from madm_utils.original_checkpoint import convert, read_checkpoint
 from madm_utils.pseudo_labels import palette_table
 from madm_utils.tasks import TASKS
+from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_label
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = Path(os.environ.get("MADM_PARITY_FIXTURE", ROOT / "tests/fixtures/madm_depth"))
@@ -40,6 +45,15 @@ TASK = dataclasses.replace(
     palette=tuple(tuple(SETTINGS["palette"][i : i + 3]) for i in range(0, len(SETTINGS["palette"]), 3)),
     resolution=SETTINGS["resolution"],
 )
+# Goldens that need no model; beside the fixture where they were handed over together with it.
+COMMON = FIXTURE.parent / "common"
+COMMON = COMMON if COMMON.is_dir() else ROOT / "tests/fixtures/common"
+DATASET_CASES = COMMON / "dataset_case"
+TASK_OF = {
+    "depth": TASKS["cityscapes_to_deliver_depth"],
+    "infrared": TASKS["cityscapes_to_fmb_infrared"],
+    "event": TASKS["cityscapes_to_dsec_event"],
+}
 # Published names of our modules; gradients and parameters are listed under these.
 NAMES = {
     "extractor.unet.": "backbone.feature_extractor.ldm_extractor.unet.",
@@ -285,10 +299,13 @@ def check_gradients(model: MADMModel, expected: dict, arrays: dict) -> None:
     for name, value in expected["grad_norms"].items():
         # Some gradients vanish up to rounding (a bias in front of a normalisation); compare those absolutely.
         assert norms[name] == pytest.approx(value, rel=1e-2, abs=1e-6 * scale), name
+    compared = set()
     for name, parameter in model.named_parameters():
         key = f"grad/{student_name(name)}" if parameter.requires_grad else ""
         if key in arrays:
             assert_close(parameter.grad, arrays[key], atol=1e-2 * np.abs(arrays[key]).max() + 1e-6 * scale)
+            compared.add(key)
+    assert compared == {key for key in arrays if key.startswith("grad/")}
 
 
 @pytest.mark.parametrize("name", variants("train_main", "train_dropout", several_steps=False))
@@ -360,6 +377,7 @@ def test_optimiser_steps(converted, inputs, name):
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, use_8bit=False)
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    compared = set()
     for iteration, expected in enumerate(variant.iterations):
         if iteration > 0:
             update_teacher(trainer.teacher, model.segmenter, ema_decay(iteration, args.ema_decay))
@@ -385,3 +403,81 @@ def test_optimiser_steps(converted, inputs, name):
                 move = parameter.detach() - before[name]
                 assert move.norm().item() == pytest.approx(expected_move.norm().item(), rel=1e-2), (iteration, name)
                 assert (move - expected_move).norm() <= 0.1 * expected_move.norm(), (iteration, name)
+                compared.add(key)
+    assert compared == {key for key in variant.arrays if key.startswith("param_after_")}
+
+
+# --- learning rates, augmentation, preprocessing, metric: goldens that need no model --------------------------------
+
+
+def test_learning_rates():
+    """Every golden value of the published schedule, within 1e-9."""
+    golden = json.loads((COMMON / "lr_schedule.json").read_text())
+    factor = multistep_factor(10000)
+    points = {int(k): v for k, v in golden["lr_at"].items()} | dict(enumerate(golden["lr_first_40"]))
+    assert len(points) > 40
+    for step, value in points.items():
+        assert 5e-6 * factor(step) == pytest.approx(value, rel=1e-9), step
+
+
+def test_color_jitter_and_blur_goldens():
+    golden = np.load(COMMON / "aug_cases.npz")
+    cases = json.loads((COMMON / "aug_cases.json").read_text())
+    images = torch.from_numpy(golden["image"]).float() / 255
+    for i, case in enumerate(cases["jitter"]):
+        ours = augmentations.color_jitter(images[i], **case)
+        torch.testing.assert_close(ours, torch.from_numpy(golden[f"jitter_{i}"]), atol=1e-4, rtol=0)
+    assert [augmentations.blur_kernel_size(n) for n in (96, 128, 512)] == [9, 13, 51]
+    blurred = augmentations.gaussian_blur(images[0], cases["blur"]["sigma"])
+    torch.testing.assert_close(blurred, torch.from_numpy(golden["blur_0"]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("kind", ["depth", "infrared"])
+def test_training_sample_equals_published_loader(kind, seed):
+    task, folder = TASK_OF[kind], DATASET_CASES / kind
+    golden = np.load(folder / "golden_train.npz")
+    rng = random.Random(seed)
+    source, target = (draw_crop(rng, size, 512) for size in (task.source_size, task.target_size))
+    assert [*source, *target] == golden[f"params_{seed}"].tolist()
+
+    image = np.asarray(resize_image(Image.open(folder / "src.png").convert("RGB"), task.source_size))
+    label = np.asarray(resize_label(Image.open(folder / "src_lab.png"), task.source_size))
+    other = np.asarray(resize_image(Image.open(folder / "a/b/c/img.png").convert("RGB"), task.target_size))
+    np.testing.assert_array_equal(
+        apply_crop(image, source, 512).transpose(2, 0, 1)[:, ::2, ::2], golden[f"source_rgb_s2_{seed}"]
+    )
+    np.testing.assert_array_equal(
+        lookup_table(task.source_label_map)[apply_crop(label, source, 512)], golden[f"source_label_{seed}"][0]
+    )
+    np.testing.assert_array_equal(
+        apply_crop(other, target, 512).transpose(2, 0, 1)[:, ::2, ::2], golden[f"target_s2_{seed}"]
+    )
+
+
+@pytest.mark.parametrize("kind", TASK_OF)
+def test_test_sample_equals_published_loader(kind):
+    golden = np.load(DATASET_CASES / kind / "golden.npz")
+    image = resize_image(Image.open(DATASET_CASES / kind / "a/b/c/img.png").convert("RGB"), (512, 512))
+    np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), golden["image"])
+    label = np.asarray(resize_label(Image.open(DATASET_CASES / kind / "a/b/c/lab.png"), (512, 512)))
+    ids = deliver_class_ids(label[..., 0]) if kind == "depth" else label
+    np.testing.assert_array_equal(lookup_table(TASK_OF[kind].target_label_map)[ids], golden["label"][0])
+
+
+@pytest.mark.parametrize("kind", ["depth", "infrared"])
+def test_metric(kind):
+    """Confusion matrix exactly, every score within 1e-6; a class without labels has none (NaN)."""
+    arrays = np.load(COMMON / "metric_cases.npz")
+    golden = json.loads((COMMON / "metric_golden.json").read_text())[kind]["sem_seg_default"]
+    names = TASK_OF[kind].class_names
+    pred, label = (torch.from_numpy(arrays[f"{kind}_{what}"]) for what in ("pred", "gt"))
+    confusion = confusion_matrix(pred, label, len(names))
+    assert np.array_equal(confusion.numpy(), arrays[f"{kind}_conf_pred_x_gt"])
+    result = scores(confusion, names)
+    for ours, theirs in (("miou", "mIoU"), ("macc", "mACC"), ("pacc", "pACC"), ("fwiou", "fwIoU")):
+        assert result[ours] == pytest.approx(golden[theirs], abs=1e-6)
+    for name in names:
+        for ours, theirs in (("iou", "IoU"), ("acc", "ACC")):
+            value, expected = result["per_class"][name][ours], golden[f"{theirs}-{name}"]
+            assert value is None if np.isnan(expected) else value == pytest.approx(expected, abs=1e-6)

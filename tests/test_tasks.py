@@ -7,7 +7,7 @@ import yaml
 
 from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
-from madm_utils.tasks import TASKS, load_task, save_task
+from madm_utils.tasks import TASKS, load_task
 
 TABLES = {
     "cityscapes_to_deliver_depth": "depth",
@@ -39,7 +39,7 @@ def test_published_tables(name, fixtures):
 @pytest.mark.parametrize("name", TASKS)
 def test_round_trip_and_flags(name, tmp_path):
     """A saved task is the same task, and its hyper-parameters become the defaults of the training flags."""
-    save_task(TASKS[name], tmp_path / "task.json")
+    (tmp_path / "task.json").write_text(json.dumps(TASKS[name].to_dict()))
     assert load_task(config=tmp_path / "task.json") == TASKS[name]
     flags = ["--task", name, "--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
     args, _ = parse_train_args(train_parser(""), flags)
@@ -75,6 +75,8 @@ def test_yaml_file(tmp_path):
         ({"palette": [[0, 0, 0], [0, 0, 300]]}, "0..255"),
         ({"source_label_map": {"0": 2}}, "source_label_map maps"),
         ({"resolution": 100}, "multiple of 64"),
+        ({"modality": "a.b"}, "modality is made of letters"),
+        ({"source": 5}, "source is made of letters"),
         ({"target_size": [256, 1024]}, "target_size"),
     ],
 )
@@ -115,6 +117,9 @@ def test_unknown_task_lists_the_tasks():
         ({"learning_rte": 1}, "'learning_rte' is no flag"),
         ({"learning_rate": -1}, "learning_rate: expected a positive number"),
         ({"lplr_loss": "all"}, "lplr_loss: all is none of"),
+        ({"source_only": 0}, "source_only is a switch: true or false, got 0"),
+        ({"learning_rate": [1, 2]}, "learning_rate takes one value"),
+        ({"lplr_weight": []}, "lplr_weight takes at least one value"),
     ],
 )
 def test_mistakes_in_hyperparameters(hyperparameters, message, tmp_path):

@@ -1,0 +1,48 @@
+# `make` alone lists the targets. PYTHON=... chooses the interpreter, PYTEST_FLAGS=... what pytest runs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test bench style quality clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTEST_FLAGS ?=
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv with the tested versions; does nothing when it is up to date
+
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later not found; install it, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## synthetic data, two small trainings, a picture and a table under outputs/demo
+	$(PY) recipes/demo.py
+
+test: $(STAMP)  ## lint, formatting and all tests
+	@failed=; \
+	$(PY) -m ruff check . || failed="$$failed lint"; \
+	$(PY) -m ruff format --check . || failed="$$failed formatting"; \
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS) || failed="$$failed tests"; \
+	if [ -n "$$failed" ]; then echo "make test FAILED after $$SECONDS s:$$failed (see above)" >&2; exit 1; fi; \
+	echo "make test passed in $$SECONDS s: lint, formatting, tests"
+
+bench: $(STAMP)  ## print the tables of docs/benchmarks.md for this machine
+	$(PY) benchmarks/bench_step.py
+
+style: $(STAMP)  ## format the code and repair what ruff can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+quality: $(STAMP)  ## lint and formatting, without the tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove .venv, caches and outputs/demo; other outputs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,186 @@
+"""The whole job in small, on two CPU cores and without any download: prepare, train twice, evaluate, compare.
+
+    make demo
+
+Every part is a call of the real scripts; only the base model is special: a small Stable Diffusion of the real classes
+with random weights, made here. Trained this briefly and from nothing, neither model is good, and adaptation may gain
+or lose: the numbers printed at the end are what was measured.
+
+The trainings run side by side, one core each. Everything lies under outputs/demo and replaces earlier results:
+
+    data/            synthetic street scenes: labelled RGB (source), unlabelled target images, labelled target test
+    base/            the small Stable Diffusion
+    source_only/     model trained on the source alone, and its evaluation (what they printed: source_only*.log)
+    adapted/         model trained with MADM, and its evaluation
+    comparison.png   test images: input, label, source-only, adapted
+    results.json     scores of both, settings, seconds of each part
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from madm_utils import cli
+from madm_utils.tasks import TASKS, load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_PICTURES = 5
+UNET_CHANNELS, VAE_CHANNELS, ATTENTION_HEADS = (32, 32, 64, 64), (8, 16, 32), 2
+WIDTHS = ("--projection_channels", "64", "--bottleneck_channels", "32", "--head_channels", "16")
+# The task's own values suit longer runs; in a short one no pixel would reach their confidence.
+OPTIMISATION = ("--learning_rate", "2e-3", "--pseudo_label_threshold", "0.6")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of the demo; `make demo` gives none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = [name for name in TASKS if name.startswith("synthetic_")]
+    parser.add_argument("--task", choices=tasks, default="synthetic_to_infrared", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: %(default)s)")
+    parser.add_argument("--num_train", type=int, default=300, help="training images per domain (default: %(default)s)")
+    parser.add_argument("--num_test", type=int, default=60, help="labelled test images (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=2, help="image pairs per step (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of training (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def call(title: str, *commands: Sequence[object], logs: Sequence[Path] = ()) -> float:
+    """Run the suite's scripts side by side; returns the seconds of all, leaves if one fails.
+
+    Args:
+        title: printed first.
+        commands: script and arguments of each.
+        logs: files for the output of all commands but the last, whose output is shown.
+    """
+    print(f"\n=== {title}")
+    started, running = time.monotonic(), []
+    for command, log in zip(commands, [*logs, None], strict=True):
+        script, *arguments = map(str, command)
+        print(f"$ python {script} {shlex.join(arguments)}" + (f" > {log}" if log else ""), flush=True)
+        # One thread each: several would wait for one another wherever something else runs on the cores, for longer
+        # than they compute. It also makes the numbers independent of the number of cores.
+        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+        output = log.open("w", encoding="utf-8") if log else None
+        arguments = [sys.executable, str(ROOT / script), *arguments]
+        running.append((subprocess.Popen(arguments, env=environment, stdout=output, stderr=output), script, log))
+    try:
+        for process, script, log in reversed(running):
+            if process.wait():
+                where = f"see the end of {log}" if log else "its message is above"
+                sys.exit(f"error: {script} ended with exit code {process.returncode}; {where}")
+    finally:
+        for process, _, _ in running:
+            process.terminate()
+    return time.monotonic() - started
+
+
+def build_base(folder: Path) -> float:
+    """Write the small Stable Diffusion; returns the seconds."""
+    print("\n=== 2/5 a small Stable Diffusion with random weights", flush=True)
+    started = time.monotonic()
+    cli.quiet_libraries()
+    from madm_utils.small_model import build_small_stable_diffusion
+
+    build_small_stable_diffusion(folder, UNET_CHANNELS, VAE_CHANNELS, attention_heads=ATTENTION_HEADS)
+    print(folder)
+    return time.monotonic() - started
+
+
+def write_comparison(path: Path, models: dict[str, Path], data_dir: Path, task_name: str) -> None:
+    """Write rows of input, label and each model's prediction for test images spread over the split."""
+    import numpy as np
+
+    from madm_utils.datasets import EvaluationDataset
+    from madm_utils.pipeline_madm import MADMPipeline
+    from madm_utils.sampling import evenly_spaced
+    from madm_utils.visualization import colorize, picture_grid
+
+    task = load_task(task_name)
+    dataset = EvaluationDataset(data_dir, task, "test", task.resolution, "native")
+    samples = [dataset[i] for i in evenly_spaced(len(dataset), NUM_PICTURES)]
+    images = [np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy()) for sample in samples]
+    columns = [images, [colorize(sample["label"].numpy(), task.palette) for sample in samples]]
+    for folder in models.values():
+        label_maps = MADMPipeline.from_pretrained(folder)(images).label_maps
+        columns.append([colorize(label_map, task.palette) for label_map in label_maps])
+    legend = dict(zip(task.class_names, task.palette, strict=True)) | {"not labelled": (0, 0, 0)}
+    captions = [f"input ({task.modality})", "label", *models]
+    picture_grid(list(zip(*columns, strict=True)), captions, legend=legend, cell_width=256).save(path, optimize=True)
+
+
+def format_table(metrics: dict[str, dict]) -> str:
+    """IoU per class and the means of every model, in percent."""
+    names = list(metrics)
+    first = metrics[names[0]]
+    rows = [(name, [m["per_class"][name]["iou"] for m in metrics.values()]) for name in first["class_names"]]
+    rows += [(f"-- {key}", [m[key] for m in metrics.values()]) for key in ("miou", "pacc")]
+    lines = [f"{'IoU in %':16}" + "".join(f"{name:>14}" for name in names)]
+    for name, values in rows:
+        lines.append(f"{name:16}" + "".join(f"{'-' if v is None else format(v, '.2f'):>14}" for v in values))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the five steps."""
+    args = parse_args(argv)
+    out, seconds, started = args.output_dir, {}, time.monotonic()
+    for name in ("data", "base", "source_only", "adapted", "comparison.png", "results.json"):
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    data, base = out / "data", out / "base"
+    seconds["data"] = call(
+        "1/5 synthetic street scenes",
+        ("prepare_datasets.py", "--task", args.task, "--output_dir", data, "--num_train", args.num_train,
+         "--num_test", args.num_test),
+    )  # fmt: skip
+    seconds["base"] = build_base(base)
+    train = (
+        "train_madm.py", "--task", args.task, "--data_dir", data, "--pretrained_model_name_or_path", base,
+        "--unet_tuning", "full", *WIDTHS, *OPTIMISATION, "--max_train_steps", args.steps,
+        "--train_batch_size", args.batch_size, "--dplg_end_step", args.steps // 2, "--validation_steps", args.steps,
+        "--dataloader_num_workers", 0, "--seed", args.seed, "--output_dir",
+    )  # fmt: skip
+    models = {"source-only": out / "source_only", "adapted": out / "adapted"}
+    seconds["train"] = call(
+        "3/5 training on the source alone, and beside it with adaptation (MADM)",
+        (*train, models["source-only"], "--source_only"),
+        (*train, models["adapted"]),
+        logs=[out / "source_only.log"],
+    )
+    seconds["evaluate"] = call(
+        "4/5 evaluating both",
+        *(
+            ("eval_madm.py", "--model_path", folder, "--data_dir", data, "--batch_size", 4, "--num_cpu_threads", 1,
+             "--num_pictures", 0, "--output_dir", folder / "evaluation")
+            for folder in models.values()
+        ),
+        logs=[out / "source_only_evaluation.log"],
+    )  # fmt: skip
+    print("\n=== 5/5 comparison", flush=True)
+    write_comparison(out / "comparison.png", models, data, args.task)
+    metrics = {
+        name: json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+        for name, folder in models.items()
+    }
+    seconds["total"] = time.monotonic() - started
+    settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
+    results = {"settings": settings, "seconds": {k: round(v, 1) for k, v in seconds.items()}, "metrics": metrics}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{args.task}: {args.num_test} test images, {args.steps} steps of {args.batch_size} from random weights\n")
+    print(format_table(metrics))
+    print(f"\n{seconds['total']:.0f} s in all. Open:")
+    for path in (out / "comparison.png", out / "results.json", *(folder / "validation" for folder in models.values())):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
