@@ -56,7 +56,7 @@ WIDTHS = {
 
 
 def build_model(row: Row):
-    """A model with random weights: the demo's widths (tiny) or those of Stable Diffusion 1.4 and the paper (real)."""
+    """A model with random weights: small widths (tiny) or those of Stable Diffusion 1.4 and the paper (real)."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
