@@ -137,7 +137,9 @@ def adaptation_pass(
     return scalars | mixed_scalars, pictures | mixed_pictures
 
 
-def source_branch(model, batch, args, palette, accelerator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def source_branch(
+    model: torch.nn.Module, batch: dict[str, Tensor], args: Namespace, palette: Tensor, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Supervised: cross entropy on the source, and regression of its label's palette image in latent space (LPLR)."""
     student: MADMModel = accelerator.unwrap_model(model)
     source, source_label = batch["source_image"].float() / 255, batch["source_label"]
@@ -156,7 +158,15 @@ def source_branch(model, batch, args, palette, accelerator) -> tuple[dict[str, T
     return {name: loss.detach() for name, loss in losses.items()}, pictures
 
 
-def mixed_branch(model, teacher, batch, draws, args, palette, accelerator) -> tuple[dict, dict]:
+def mixed_branch(
+    model: torch.nn.Module,
+    teacher: Segmenter,
+    batch: dict[str, Tensor],
+    draws: Draws,
+    args: Namespace,
+    palette: Tensor,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Self-training: the student learns source pixels pasted on the target, and the teacher's labels of the rest."""
     student: MADMModel = accelerator.unwrap_model(model)
     source, source_label = batch["source_image"].float() / 255, batch["source_label"]

@@ -42,7 +42,6 @@ class Row:
 ROWS = {
     "tiny-128-lora": Row("tiny", 128, "lora"),
     "tiny-128-full": Row("tiny", 128, "full"),
-    "tiny-512-full": Row("tiny", 512, "full"),
     "real-256-lora": Row("real", 256, "lora"),
     "real-512-lora": Row("real", 512, "lora", train=False),
     "real-512-lora-bf16": Row("real", 512, "lora", "bf16", train=False),
