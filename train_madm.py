@@ -316,7 +316,7 @@ def build(args: Namespace, task: Task, accelerator: Accelerator) -> Run:
     checkpoint = None
     if args.resume_from_checkpoint:
         checkpoint = resolve_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        check_resume(checkpoint, public_settings(args), model.config(), logger)
+        check_resume(checkpoint, run_record(args, task, accelerator), model.config(), logger)
         model.restore(checkpoint, teacher)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     run = Run(model, teacher, optimizer, scheduler, parameters, loader)
@@ -338,8 +338,9 @@ def save_checkpoint(run: Run, args: Namespace, accelerator: Accelerator) -> None
             accelerator.unwrap_model(run.model).save_pretrained(folder, run.teacher)
             save_training_state(folder, run.step, run.optimizer, run.scheduler, accelerator.scaler)
 
-        publish_folder(output_dir / f"checkpoint-{run.step}", write)
-        rotate_checkpoints(output_dir, args.checkpoints_total_limit)
+        newest = output_dir / f"checkpoint-{run.step}"
+        publish_folder(newest, write)
+        rotate_checkpoints(newest, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()
 
 
@@ -350,10 +351,10 @@ def save_final_model(run: Run, args: Namespace, task: Task, accelerator: Acceler
         return
     output_dir = Path(args.output_dir)
     model: MADMModel = accelerator.unwrap_model(run.model)
-    staging = output_dir / ".final"
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = output_dir / f".final.tmp-{os.getpid()}"
     model.save_pretrained(staging, run.teacher)
-    # The configuration comes last: a folder that has it has everything.
+    # The configuration goes first and comes last: a folder that has it has everything.
+    (output_dir / CONFIG_NAME).unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):
         if (output_dir / path.name).is_dir():
             shutil.rmtree(output_dir / path.name)
@@ -361,8 +362,6 @@ def save_final_model(run: Run, args: Namespace, task: Task, accelerator: Acceler
     staging.rmdir()
     write_model_card(output_dir, task, args.pretrained_model_name_or_path, vars(args))
     print(f"trained model: {output_dir}")
-    if args.push_to_hub:
-        print(f"uploaded to {push_to_hub(output_dir, args.hub_model_id, args.hub_token)}")
 
 
 def log_scalars(scalars: dict, step: int, progress: tqdm, accelerator: Accelerator) -> None:
@@ -406,20 +405,20 @@ def check_output_dir(args: Namespace) -> None:
     """Refuse a folder that holds another run or cannot be written, before anything is loaded."""
     output_dir = Path(args.output_dir)
     check_writable(output_dir)
+    checkpoints = list_checkpoints(output_dir)
     # A run that ended before its first checkpoint left a record and logs, nothing to lose.
-    holds_run = (output_dir / CONFIG_NAME).exists() or list_checkpoints(output_dir)
-    if holds_run and not args.resume_from_checkpoint:
+    holds_run = (output_dir / CONFIG_NAME).exists() or bool(checkpoints)
+    if args.resume_from_checkpoint:
+        checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
+        if holds_run and checkpoint.parent != output_dir.resolve():
+            raise UserError(
+                f"--output_dir {output_dir} already holds a run, and {checkpoint} belongs to another one; give a new "
+                "--output_dir to branch off from that checkpoint"
+            )
+    elif holds_run:
+        go_on = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
         raise UserError(
-            f"--output_dir {output_dir} already holds a run; give another folder, delete this one, or go on with it: "
-            "--resume_from_checkpoint latest"
-        )
-    if not holds_run or not args.resume_from_checkpoint:
-        return
-    checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
-    if checkpoint.parent.resolve() != output_dir.resolve():
-        raise UserError(
-            f"--output_dir {output_dir} already holds a run, and {checkpoint} belongs to another one; give a new "
-            "--output_dir to branch off from that checkpoint"
+            f"--output_dir {output_dir} already holds a run; give another folder, or delete this one{go_on}"
         )
 
 
@@ -433,22 +432,27 @@ def check_tracker(name: str) -> None:
 
 
 def write_record(args: Namespace, task: Task, accelerator: Accelerator) -> None:
-    """Write `run.json`: the merged settings, the task, and the versions."""
+    """Write `run.json`, and remove what killed processes left half-written."""
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    content = {
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(output_dir)
+    with replacing(output_dir / "run.json") as temporary:
+        record = run_record(args, task, accelerator)
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def run_record(args: Namespace, task: Task, accelerator: Accelerator) -> dict:
+    """What `run.json` holds: the merged settings, the task, and the versions."""
+    return {
         "settings": public_settings(args),
         "task": task.to_dict(),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "versions": versions(),
     }
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output_dir)
-    with replacing(output_dir / "run.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def public_settings(args: Namespace) -> dict:
@@ -507,6 +511,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_final_model(run, args, task, accelerator)
     logger.info(f"done in {time.monotonic() - started:.0f} s")
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        print(f"uploaded to {push_to_hub(Path(args.output_dir), args.hub_model_id, args.hub_token)}")
 
 
 if __name__ == "__main__":

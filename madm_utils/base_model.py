@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import Tensor
 
 from madm_utils.cli import UserError
@@ -69,7 +70,7 @@ def _load(base: BaseModelReference, cls, part: str, **options):
             options["variant"] = base.variant
     try:
         loaded = cls.from_pretrained(name, subfolder=part, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(
             f"cannot load '{part}' of base model {name}: {reason}. "
@@ -181,7 +182,6 @@ def check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], where: str
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU, with a one-line error when it is missing or damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:

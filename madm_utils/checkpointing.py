@@ -56,10 +56,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; call it after the new one is published."""
+def rotate_checkpoints(newest: Path, limit: int | None) -> None:
+    """Delete checkpoints beside `newest` beyond `limit`, oldest first; call it after `newest` is published."""
     if limit is not None:
-        for path in list_checkpoints(output_dir)[:-limit]:
+        others = [path for path in list_checkpoints(newest.parent) if path != newest]
+        for path in others[: max(0, len(others) - (limit - 1))]:
             shutil.rmtree(path)
 
 
@@ -83,7 +84,7 @@ def resolve_checkpoint(output_dir: Path, name: str) -> Path:
             f"--resume_from_checkpoint {name}: {path} is no training checkpoint (it lacks {STATE_NAME}.json); found "
             f"checkpoints: {', '.join(p.name for p in list_checkpoints(output_dir)) or 'none'}"
         )
-    return path
+    return path.resolve()
 
 
 def save_training_state(
@@ -169,12 +170,12 @@ _FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def check_resume(checkpoint: Path, settings: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
+def check_resume(checkpoint: Path, record: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
     """Compare a checkpoint with the run that wants to go on from it.
 
     Args:
         checkpoint: finished checkpoint folder.
-        settings: flags of the present run.
+        record: what `run.json` of the present run will hold.
         config: `MADMModel.config` of the present run.
         logger: told about changed settings that do no harm.
 
@@ -182,21 +183,18 @@ def check_resume(checkpoint: Path, settings: dict[str, Any], config: dict[str, A
         UserError: the checkpoint is of another task or model, or a setting changed that would make it another run;
             lists each as `key: was -> now`.
     """
-    try:
-        before = json.loads((checkpoint / "madm_config.json").read_text(encoding="utf-8"))
-        record = checkpoint.parent / "run.json"
-        recorded = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else {}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint}: its settings cannot be read ({type(error).__name__}: {error})") from None
     # Through JSON, because tuples and integer keys come back as lists and strings.
-    now, flags = (json.loads(json.dumps(values)) for values in (config, settings))
-    changes = {
-        key: (before.get(key), now[key]) for key in ("resolution", "unet_tuning") if before.get(key) != now[key]
-    }
-    for key in ("name", "class_names", "palette", "source_label_map", "target_label_map"):
-        if before["task"].get(key) != now["task"][key]:
-            changes[f"task {key}"] = (before["task"].get(key), now["task"][key])
+    now, flags = (json.loads(json.dumps(values)) for values in (_model_settings(config), _run_settings(record)))
+    try:
+        before = _model_settings(json.loads((checkpoint / "madm_config.json").read_text(encoding="utf-8")))
+        path = checkpoint.parent / "run.json"
+        recorded = _run_settings(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint}: its settings cannot be read ({type(error).__name__}: {error})") from None
+    if not recorded:
+        logger.warning(f"no run.json beside {checkpoint}: only its task and model are compared with this run")
     changed = {key: (recorded[key], flags[key]) for key in flags if key in recorded and recorded[key] != flags[key]}
+    changes = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
     changes |= {key: values for key, values in changed.items() if key not in _FREE_SETTINGS}
     if changes:
         listed = "; ".join(f"{key}: {was} -> {is_now}" for key, (was, is_now) in changes.items())
@@ -206,3 +204,16 @@ def check_resume(checkpoint: Path, settings: dict[str, Any], config: dict[str, A
         )
     for key, (was, is_now) in changed.items():
         logger.info(f"resuming with another {key}: {was} -> {is_now}")
+
+
+def _model_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of `madm_config.json` decides whether weights fit."""
+    task = config["task"]
+    fields = ("name", "class_names", "palette", "source_label_map", "target_label_map")
+    settings = {f"task {field}": task.get(field) for field in fields}
+    return settings | {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
+
+
+def _run_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run, with the precision and the number of processes that came from the launcher."""
+    return {**record["settings"], **{key: record[key] for key in ("mixed_precision", "num_processes")}}

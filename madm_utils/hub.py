@@ -1,6 +1,7 @@
 """Model card and upload."""
 
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def push_to_hub(folder: Path, repo_id: str | None, token: str | None) -> str:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the model is complete in {folder}, but uploading it to {repo_id} failed ({reason}). Finish with: "
-            f"hf upload {repo_id} {folder} . --include {' '.join(repr(p) for p in model_files)}"
+            f"hf upload {repo_id} {shlex.quote(str(folder))} . "
+            + " ".join(f"--include {shlex.quote(pattern)}" for pattern in model_files)
         ) from None
     return f"https://huggingface.co/{repo_id}"

@@ -438,6 +438,15 @@ def test_base_weights_that_lack_a_tensor(part, name, tmp_path):
         MADMModel.from_base(BaseModelReference(str(tmp_path / "sd")), TASK, RESOLUTION, **WIDTHS)
 
 
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_truncated_base_weights(part, tmp_path):
+    shutil.copytree(base_folder(), tmp_path / "sd")
+    path = tmp_path / "sd" / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=f"cannot load '{part.split('/')[0]}'"):
+        MADMModel.from_base(BaseModelReference(str(tmp_path / "sd")), TASK, RESOLUTION, **WIDTHS)
+
+
 def test_base_that_is_no_text_to_image_model(tmp_path):
     build_small_stable_diffusion(tmp_path / "sd", (16, 32, 32, 32), (8, 16, 16), prompt_dim=64, norm_groups=4)
     shutil.rmtree(tmp_path / "sd/text_encoder")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tiny_model import RESOLUTION, base_folder, write_data
 
 import train_madm
 from madm_utils.args import train_parser
+from madm_utils.checkpointing import rotate_checkpoints
 from madm_utils.cli import UserError
 from madm_utils.raw_layouts import write_raw_layouts
 from madm_utils.tasks import TASKS
@@ -263,6 +265,8 @@ def test_resume_from_something_else(finished_run, data, tmp_path):
         (("--unet_tuning", "full"), "unet_tuning: lora -> full"),
         (("--resolution", "128"), "resolution: 64 -> 128"),
         (("--task", "synthetic_to_event"), "task name: synthetic_to_depth -> synthetic_to_event"),
+        (("--mixed_precision", "bf16"), "mixed_precision: no -> bf16"),
+        (("--noise_in_latent_dtype",), "noise_in_latent_dtype: False -> True"),
     ],
 )
 def test_resume_as_another_run(flags, message, finished_run, data):
@@ -285,6 +289,43 @@ def test_finished_run_can_be_extended(finished_run, data, tmp_path):
     shutil.copytree(finished_run, out)
     done = train_madm_run(data, out, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
     assert "max_train_steps: 4 -> 5" in done.stdout and "at step 4" in done.stdout
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_resume_with_unreadable_settings(content, finished_run, data, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "out")
+    (tmp_path / "out/checkpoint-4/madm_config.json").write_text(content)
+    with pytest.raises(UserError, match="its settings cannot be read"):
+        train_madm.main(train_flags(data, tmp_path / "out", "--resume_from_checkpoint", "latest"))
+
+
+def test_finished_run_without_checkpoints_does_not_offer_to_resume(finished_run, data, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    with pytest.raises(UserError, match="already holds a run; give another folder, or delete this one$"):
+        train_madm.main(train_flags(data, tmp_path / "out"))
+
+
+def test_rotation_keeps_the_newest_written(tmp_path):
+    """Also where a run that was resumed earlier passes behind older results."""
+    for step in (2, 4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate_checkpoints(tmp_path / "checkpoint-5", 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-6"}
+    rotate_checkpoints(tmp_path / "checkpoint-5", 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
+
+
+def test_failed_upload_keeps_the_model_and_says_how_to_finish(data, tmp_path):
+    """Offline: exit code 2, the trained folder complete, and a command that the hf tool understands."""
+    done = train_madm_run(
+        data, tmp_path / "out", "--source_only", "--push_to_hub", "--hub_model_id", "me/x", check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (tmp_path / "out/madm_config.json").exists()
+    command = shlex.split(re.search(r"hf (upload .*)", done.stderr)[1])
+    assert command[:3] == ["upload", "me/x", str(tmp_path / "out")]
+    patterns = [value for flag, value in zip(command, command[1:], strict=False) if flag == "--include"]
+    assert "segmenter/*" in patterns and "madm_config.json" in patterns and "checkpoint-*" not in str(patterns)
 
 
 @pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
