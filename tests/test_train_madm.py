@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_model import RESOLUTION, base_folder, write_data
@@ -42,6 +43,13 @@ def train_flags(data: Path, out: Path, *more, task: str = "synthetic_to_depth") 
     paths = ("--data_dir", data, "--output_dir", out, "--pretrained_model_name_or_path", base_folder())
     small = ("--resolution", RESOLUTION, *WIDTHS, "--dataloader_num_workers", 0, "--rare_class_min_pixels", 10)
     return [str(f) for f in ("--task", task, *paths, *small, "--max_train_steps", 2, "--logging_steps", 1, *more)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """In-process calls must not inherit the precision of the one before."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
