@@ -387,7 +387,7 @@ def test_optimiser_steps(converted, inputs, name):
                 assert parameter.norm().item() == pytest.approx(norm, rel=1e-3), name
         scalars, _ = trainer.step(iteration)
         # After a step the differences of many tiny, nearly sign-like updates add up.
-        check_scalars(scalars, expected, rtol=1e-4 if iteration == 0 else 1e-2)
+        check_scalars(scalars, expected, rtol=1e-4 if iteration == 0 else 3e-3)
         assert scheduler.get_last_lr()[0] == pytest.approx(expected["lr"], rel=1e-9)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         assert norm.item() == pytest.approx(expected["clip_returned_norm"], rel=1e-2)
