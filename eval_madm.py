@@ -37,6 +37,7 @@ from madm_utils.args import add_inference_arguments, add_task_arguments, formatt
 from madm_utils.cli import UserError, run
 from madm_utils.files import check_writable
 from madm_utils.hub import versions
+from madm_utils.model_card import update_model_card
 from madm_utils.tasks import Task, load_task
 
 if TYPE_CHECKING:
@@ -71,9 +72,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", required=True, type=Path, help="folder for the results")
     group.add_argument("--num_pictures", type=non_negative_int, default=8, metavar="N", help="sample pictures")
+    group.add_argument(
+        "--update_model_card", action="store_true", help="also write the scores into the README.md of --model_path"
+    )
     args = parser.parse_args(argv)
     if args.task and args.task_config:
         parser.error("give --task or --task_config, not both")
+    if args.update_model_card and args.max_samples:
+        parser.error("--update_model_card needs the whole split: leave --max_samples out")
     return args
 
 
@@ -81,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
     check_writable(args.output_dir)
+    if args.update_model_card and not (Path(args.model_path) / "run.json").is_file():
+        raise UserError(
+            f"--update_model_card needs the local --output_dir of a finished training, with its run.json; got "
+            f"--model_path {args.model_path}"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # On the CPU every process computes with all cores (below); waiting threads must sleep, not spin.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
@@ -105,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_task(model.task, expected, args.model_path)
     dataset = EvaluationDataset(args.data_dir, model.task, args.split, model.resolution, args.protocol)
     num_images = min(len(dataset), args.max_samples or len(dataset))
-    confusion, pictures = evaluate(accelerator, model, dataset, num_images, args)
+    confusion, pictures = evaluate_with_pictures(model, dataset, accelerator, num_images, args)
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     result = scores(confusion, model.task.class_names)
@@ -125,11 +137,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
     }  # fmt: skip
     write_results(args.output_dir, report, confusion, pictures)
-    print(
-        f"{model.task.name}, {args.split} split, protocol {args.protocol}, {num_images} images, {args.weights}, in %"
-    )
-    print(format_scores(result))
-    print(f"results: {args.output_dir}")
+    settings = f"{args.split} split, protocol {args.protocol}, {num_images} images, {args.weights}"
+    print(f"{model.task.name}, {settings}, in %\n{format_scores(result)}\nresults: {args.output_dir}")
+    if args.update_model_card:
+        update_model_card(Path(args.model_path), report)
+        print(f"model card: {Path(args.model_path) / 'README.md'}")
+
+
+def evaluate_with_pictures(
+    model: "MADMModel",
+    dataset: "EvaluationDataset",
+    accelerator: "Accelerator",
+    num_images: int,
+    args: argparse.Namespace,
+) -> tuple[np.ndarray, dict[str, bytes]]:
+    """Confusion matrix (K+1, K+1) over all processes, and sample pictures as PNG by file name. Collective."""
+    from accelerate.utils import gather_object
+
+    from madm_utils.evaluation import evaluate
+
+    shown = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).round().astype(int).tolist())
+    mine: dict[str, bytes] = {}
+
+    def draw(index: int, image: "torch.Tensor", label: "torch.Tensor", prediction: "torch.Tensor") -> None:
+        if index in shown:
+            name = dataset.file_name(index)
+            key = f"{index:05d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.png"
+            mine[key] = picture(image, label, prediction, model.task, name)
+
+    workers = args.dataloader_num_workers
+    confusion = evaluate(model, dataset, accelerator, args.batch_size, num_images, workers, seen=draw)
+    return confusion, {name: png for part in gather_object([mine]) for name, png in part.items()}
 
 
 def available_cores() -> int:
@@ -146,64 +184,6 @@ def check_task(of_model: Task, expected: Task, model_path: str) -> None:
             f"'{expected.name}' (different: {', '.join(different)}). Leave --task and --task_config out to "
             "evaluate it on its own task, or give a model of the expected one."
         )
-
-
-def evaluate(
-    accelerator: "Accelerator",
-    model: "MADMModel",
-    dataset: "EvaluationDataset",
-    num_images: int,
-    args: argparse.Namespace,
-) -> tuple["np.ndarray", dict[str, bytes]]:
-    """Run the model over the first `num_images` images. Collective: every process calls it.
-
-    Process r of n takes the batches r, r + n, r + 2n, ...: no image is seen twice, every batch holds the same images
-    for any n (rounding depends on the batch), and the int64 sum does not depend on the order.
-
-    Returns:
-        Confusion matrix over all processes, int64 (K+1, K+1), and the sample pictures as PNG bytes by file name.
-    """
-    import torch
-    from accelerate.utils import gather_object
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from madm_utils.metrics import confusion_matrix
-    from madm_utils.pipeline_madm import finite, resize_logits
-
-    classes = model.task.num_classes
-    device = accelerator.device
-    batches = [range(k, min(k + args.batch_size, num_images)) for k in range(0, num_images, args.batch_size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=mine,
-        num_workers=min(args.dataloader_num_workers, len(mine)),
-        collate_fn=dataset.collate,
-    )
-    shown = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).round().astype(int).tolist())
-    confusion = torch.zeros(classes + 1, classes + 1, dtype=torch.int64, device=device)
-    pictures: dict[str, bytes] = {}
-    progress = tqdm(total=sum(map(len, mine)), desc="evaluate", unit="image", disable=not accelerator.is_main_process)
-    for batch in loader:
-        with torch.no_grad(), accelerator.autocast():
-            logits = finite(model(batch["image"].to(device) / 255).logits)
-        for image, label, index, one in zip(batch["image"], batch["label"], batch["index"], logits, strict=True):
-            name = dataset.file_name(int(index))
-            pred = resize_logits(one, tuple(label.shape)).argmax(0)
-            try:
-                confusion += confusion_matrix(pred, label.to(device), classes)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            if int(index) in shown:
-                key = f"{int(index):05d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', Path(name).stem)}.png"
-                pictures[key] = picture(image, label, pred, model.task, name)
-        progress.update(len(batch["image"]))
-    progress.close()
-    confusion = accelerator.reduce(confusion, reduction="sum")
-    everyone = gather_object([pictures])
-    accelerator.end_training()
-    return confusion.cpu().numpy(), {name: data for part in everyone for name, data in part.items()}
 
 
 def picture(image: "torch.Tensor", label: "torch.Tensor", pred: "torch.Tensor", task: Task, name: str) -> bytes:

@@ -13,22 +13,21 @@ The published recipe, on two GPUs (recipes/cityscapes_to_deliver_depth.sh):
         --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --unet_tuning full --mixed_precision fp16 --noise_in_latent_dtype --output_dir outputs/depth
 
-Go on after an interruption with the same command and `--resume_from_checkpoint latest`.
+Several modalities in one run, one LoRA each on a shared base: repeat `--task`. Go on after an interruption with the
+same command and `--resume_from_checkpoint latest` (docs/training.md).
 """
 
 import copy
-import json
 import logging
 import os
 import random
-import shutil
 import sys
-import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 
 from madm_utils import cli
 from madm_utils.args import check_precision, parse_train_args, train_parser
@@ -42,34 +41,44 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from madm_utils.augmentations import class_mix_masks, mix, strong_augment
 from madm_utils.base_model import BaseModelReference
 from madm_utils.checkpointing import (
+    SAVE_ERRORS,
     check_resume,
     list_checkpoints,
     load_training_state,
-    publish_folder,
+    publish_checkpoint,
+    read_marker,
     remove_unfinished,
-    resolve_checkpoint,
     rotate_checkpoints,
     save_training_state,
 )
 from madm_utils.datasets import AdaptationDataset
+from madm_utils.distributed import LOCAL_BATCH, BatchScope, synchronize_statistics
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
-from madm_utils.files import check_writable, replacing
-from madm_utils.hub import push_to_hub, versions, write_model_card
+from madm_utils.evaluation import check_validation_split, validate
+from madm_utils.hub import HubUpload
+from madm_utils.interruption import StopSignals, ignore_stop_signals
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
-from madm_utils.modeling_madm import CONFIG_NAME, MADMModel
+from madm_utils.model_card import write_model_card
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.optimization import build_adamw, lr_scheduler, parameter_groups
-from madm_utils.pseudo_labels import dplg_timestep, palette_image, palette_table, pseudo_label, valid_mask
+from madm_utils.pseudo_labels import (
+    confident_fraction,
+    dplg_timestep,
+    palette_image,
+    palette_table,
+    pseudo_label,
+    valid_mask,
+)
+from madm_utils.run_folder import check_output_dir, public_settings, publish_model, run_record, write_record
 from madm_utils.segmenter import Segmenter
 from madm_utils.tasks import Task
-from madm_utils.visualization import colorize, picture_grid
+from madm_utils.tracking import TrainingLog, banner, check_tracker, summary
 
 logger = get_logger(__name__)
 
@@ -88,18 +97,19 @@ class Draws:
     """Strong augmentation of the mixed images (B, 3, H, W) in [0, 1]."""
 
 
-def draw(source_label: Tensor, step: int, stream: str, args: Namespace) -> Draws:
+def draw(source_label: Tensor, step: int, stream: str, args: Namespace, across: BatchScope = LOCAL_BATCH) -> Draws:
     """Make the draws of one pass. They depend on `stream` (seed, process, step, pass) alone, so a resumed run repeats
-    them without any stored generator."""
+    them without any stored generator. Processes that share a batch draw for all of it and keep what is theirs."""
     rng = random.Random(stream)
     torch.manual_seed(rng.getrandbits(63))
     timestep = dplg_timestep(step, args.dplg_timestep, args.dplg_end_step, rng)
-    masks = class_mix_masks(source_label, np.random.default_rng(rng.getrandbits(63)), args.class_mix_scope)
+    labels = across.gather(source_label.byte()).long()
+    masks = class_mix_masks(labels, np.random.default_rng(rng.getrandbits(63)), args.class_mix_scope)
 
     def augment(images: Tensor) -> Tensor:
-        return strong_augment(images, rng, args.color_jitter_probability, args.blur_probability)
+        return strong_augment(images, rng, args.color_jitter_probability, args.blur_probability, across)
 
-    return Draws(timestep, masks, augment)
+    return Draws(timestep, across.local(masks), augment)
 
 
 def adaptation_pass(
@@ -110,6 +120,7 @@ def adaptation_pass(
     args: Namespace,
     palette: Tensor,
     accelerator: Accelerator,
+    across: BatchScope = LOCAL_BATCH,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One pass of MADM over a batch: four losses, gradients accumulated in the model.
 
@@ -124,37 +135,43 @@ def adaptation_pass(
         args: settings of the method.
         palette: colours of the classes, from `palette_table`.
         accelerator: for precision, gradient scaling and synchronisation.
+        across: processes that share the batch in what is decided for it as a whole.
 
     Returns:
         Scalars to log, and images and labels to look at; all detached.
     """
     if teacher is None:
-        return source_branch(model, batch, args, palette, accelerator)
+        return source_branch(model, batch, args, palette, accelerator, across)
     # Under DDP the last branch alone synchronises; the forward pass decides that, so it is inside too.
     with accelerator.no_sync(model):
-        scalars, pictures = source_branch(model, batch, args, palette, accelerator)
-    mixed_scalars, mixed_pictures = mixed_branch(model, teacher, batch, draws, args, palette, accelerator)
+        scalars, pictures = source_branch(model, batch, args, palette, accelerator, across)
+    mixed_scalars, mixed_pictures = mixed_branch(model, teacher, batch, draws, args, palette, accelerator, across)
     return scalars | mixed_scalars, pictures | mixed_pictures
 
 
 def source_branch(
-    model: torch.nn.Module, batch: dict[str, Tensor], args: Namespace, palette: Tensor, accelerator: Accelerator
+    model: torch.nn.Module,
+    batch: dict[str, Tensor],
+    args: Namespace,
+    palette: Tensor,
+    accelerator: Accelerator,
+    across: BatchScope,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Supervised: cross entropy on the source, and regression of its label's palette image in latent space (LPLR)."""
     student: MADMModel = accelerator.unwrap_model(model)
     source, source_label = batch["source_image"].float() / 255, batch["source_label"]
 
     output = model(source)
-    losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, average=args.loss_average)}
+    losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, None, args.loss_average, across)}
+    pictures = {"source": source, "source_label": source_label, "source_logits": output.logits.detach()}
     if args.lplr_loss != "none":
+        pictures |= {"source_decoded": output.decoded, "source_palette": palette_image(source_label, palette)}
         with accelerator.autocast():
-            label_latent = student.extractor.encode(palette_image(source_label, palette))
+            label_latent = student.extractor.encode(pictures["source_palette"])
         losses["lplr_source_loss"] = args.lplr_weight[0] * latent_regression_loss(
-            output.label_latent, label_latent, valid_mask(source_label), args.loss_average
+            output.label_latent, label_latent, valid_mask(source_label), args.loss_average, across
         )
     accelerator.backward(sum(losses.values()))
-
-    pictures = {"source": source, "source_label": source_label, "source_logits": output.logits.detach()}
     return {name: loss.detach() for name, loss in losses.items()}, pictures
 
 
@@ -166,6 +183,7 @@ def mixed_branch(
     args: Namespace,
     palette: Tensor,
     accelerator: Accelerator,
+    across: BatchScope,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Self-training: the student learns source pixels pasted on the target, and the teacher's labels of the rest."""
     student: MADMModel = accelerator.unwrap_model(model)
@@ -181,17 +199,21 @@ def mixed_branch(
     # Teacher pass on the clean target: its latent carries more noise early in training (DPLG).
     with torch.no_grad(), accelerator.autocast():
         teacher_logits = student(target, draws.teacher_timestep, segmenter=teacher).logits
-    label, weight, _ = pseudo_label(teacher_logits, args.pseudo_label_threshold, args.pseudo_label_weight)
+    threshold = args.pseudo_label_threshold
+    label, weight, probability = pseudo_label(teacher_logits, threshold, args.pseudo_label_weight, across)
     mixed_label = mix(draws.mix_masks, source_label, label)
     mixed_weight = mix(draws.mix_masks, torch.ones_like(weight), weight)
 
-    losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average)}
+    pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
+    pictures |= {"mixed_logits": output.logits.detach(), "decoded": output.decoded, "pseudo_label_weight": weight}
+    losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average, across)}
     if args.lplr_loss == "both":
+        pictures["mixed_palette"] = palette_image(mixed_label, palette)
         with accelerator.autocast():
-            label_latent = student.extractor.encode(palette_image(mixed_label, palette))
+            label_latent = student.extractor.encode(pictures["mixed_palette"])
         region = valid_mask(mixed_label) * (weight if args.lplr_mask == "pseudo" else mixed_weight)[:, None]
         losses["lplr_target_loss"] = args.lplr_weight[1] * latent_regression_loss(
-            output.label_latent, label_latent, region, args.loss_average
+            output.label_latent, label_latent, region, args.loss_average, across
         )
     total = sum(losses.values())
     if args.train_unet_output_layers and args.lplr_loss == "source":
@@ -199,72 +221,202 @@ def mixed_branch(
         total = total + 0.0 * output.label_latent.sum()
     accelerator.backward(total)
 
-    pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
-    pictures |= {"decoded": output.decoded, "teacher_logits": teacher_logits, "mixed_logits": output.logits.detach()}
-    scalars = {name: loss.detach() for name, loss in losses.items()}
-    return scalars | {"pseudo_label_weight": weight.mean()}, pictures
+    scalars = {name: loss.detach() for name, loss in losses.items()} | {"pseudo_label_weight": weight.mean()}
+    scalars["confident_fraction"] = confident_fraction(label, probability, threshold, teacher_logits.shape[1])
+    return scalars, pictures
 
 
 @dataclass
 class Run:
-    """Everything that a training run consists of."""
+    """The training of one task. Runs of several tasks share VAE and UNet; nothing that one trains is the other's."""
 
+    name: str
+    """'' for the only task, otherwise its modality; also the sub-folder of everything it writes."""
+    args: Namespace
+    task: Task
     model: torch.nn.Module
     teacher: Segmenter | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     parameters: list[torch.nn.Parameter]
     batches: torch.utils.data.DataLoader
+    palette: Tensor
+    scope: BatchScope
     step: int = 0
+    scores: dict | None = None
+    """Of the newest validation."""
 
 
-def train(run: Run, args: Namespace, task: Task, accelerator: Accelerator) -> None:
-    """Optimiser steps from `run.step` to `args.max_train_steps`, with logs, pictures and checkpoints."""
-    student: MADMModel = accelerator.unwrap_model(run.model)
-    palette = palette_table(task.palette, accelerator.device)
-    batches = iter(skip_first_batches(run.batches, run.step * args.gradient_accumulation_steps))
-    progress = tqdm(
-        total=args.max_train_steps, initial=run.step, desc="training", unit="step",
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    while run.step < args.max_train_steps:
-        # The teacher follows the student's previous step (mean teacher); at step 0 it is still its copy.
-        if run.teacher is not None and run.step > 0:
-            update_teacher(run.teacher, student.segmenter, ema_decay(run.step, args.ema_decay))
-            if args.teacher_mode == "eval":
-                copy_buffers(run.teacher, student.segmenter)
+@dataclass
+class State:
+    """What a whole run counts besides the state of its tasks; stored in every checkpoint."""
 
-        for index in range(args.gradient_accumulation_steps):
-            batch = next(batches)
-            stream = f"{args.seed}-{accelerator.process_index}-{run.step}-{index}"
-            with accelerator.accumulate(run.model):
-                draws = draw(batch["source_label"], run.step, stream, args)
-                scalars, pictures = adaptation_pass(run.model, run.teacher, batch, draws, args, palette, accelerator)
-                if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
-                run.optimizer.step()
-                run.optimizer.zero_grad()
-        scalars |= {"gradient_norm": gradient_norm, "teacher_timestep": draws.teacher_timestep}
-        scalars["learning_rate"] = run.scheduler.get_last_lr()[0]
-        run.scheduler.step()
-        run.step += 1
+    best: dict[str, dict] = field(default_factory=dict)
+    """Task -> step and score of the best validation."""
+    corrupt_samples: list[str] = field(default_factory=list)
+    """Images that could not be decoded, of all processes."""
 
-        progress.update()
-        last = run.step == args.max_train_steps
-        if run.step % args.logging_steps == 0 or run.step == 1 or last:
-            log_scalars(scalars, run.step, progress, accelerator)
-        if args.validation_steps and (run.step % args.validation_steps == 0 or last):
-            log_pictures(pictures, run.step, args, task, accelerator)
-        if run.step % args.checkpointing_steps == 0:
-            save_checkpoint(run, args, accelerator)
-    progress.close()
+
+def optimizer_step(run: Run, batches: Iterator, corrupt: set[str], accelerator: Accelerator) -> tuple[dict, dict]:
+    """One optimiser step of one task; returns scalars to log and the pictures of the last pass."""
+    args, student = run.args, accelerator.unwrap_model(run.model)
+    # The teacher follows the student's previous step (mean teacher); at step 0 it is still its copy.
+    if run.teacher is not None and run.step > 0:
+        update_teacher(run.teacher, student.segmenter, ema_decay(run.step, args.ema_decay))
+        if args.teacher_mode == "eval":
+            copy_buffers(run.teacher, student.segmenter)
+
+    for index in range(args.gradient_accumulation_steps):
+        batch = next(batches)
+        corrupt.update(batch.pop("corrupt"))
+        stream = f"{args.seed}-{run.scope.number}-{run.step}-{index}"
+        with accelerator.accumulate(run.model):
+            draws = draw(batch["source_label"], run.step, stream, args, run.scope)
+            scalars, pictures = adaptation_pass(
+                run.model, run.teacher, batch, draws, args, run.palette, accelerator, run.scope
+            )
+            if accelerator.sync_gradients:
+                gradient_norm = accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    if run.teacher is not None:
+        scalars["teacher_timestep"] = pictures["teacher_timestep"] = draws.teacher_timestep
+    scalars["gradient_norm"] = gradient_norm
+    scalars["learning_rate"] = run.scheduler.get_last_lr()[0]
+    run.scheduler.step()
+    run.step += 1
+    return scalars, pictures
+
+
+def train(
+    runs: list[Run],
+    state: State,
+    log: TrainingLog,
+    stop: StopSignals,
+    upload: HubUpload | None,
+    accelerator: Accelerator,
+) -> int:
+    """Optimiser steps up to `max_train_steps`, the tasks taking turns, with logs, pictures and checkpoints.
+
+    Returns:
+        0 when done, or the number of the signal that asked to stop; the checkpoint of the last step is then written.
+    """
+    args = runs[0].args
+    streams = [iter(skip_first_batches(run.batches, run.step * args.gradient_accumulation_steps)) for run in runs]
+    corrupt = set(state.corrupt_samples)
+    while runs[0].step < args.max_train_steps:
+        for run, batches in zip(runs, streams, strict=True):
+            scalars, pictures = optimizer_step(run, batches, corrupt, accelerator)
+            last = run.step == args.max_train_steps
+            if run.step % args.logging_steps == 0 or run.step == 1 or last:
+                log.scalars(run.step, scalars, run.name, run.task.class_names)
+            if (args.validation_steps and run.step % args.validation_steps == 0) or last:
+                look(run, pictures, state, log, stop, accelerator)
+        log.advance()
+
+        step, signal = runs[0].step, agree(stop.received or 0, corrupt, state, args, accelerator)
+        stopping = signal and step < args.max_train_steps
+        if stopping or step % args.checkpointing_steps == 0:
+            save_checkpoint(runs, state, upload, accelerator)
+        if stopping:
+            return signal
+    return 0
+
+
+def look(
+    run: Run,
+    pictures: dict[str, Tensor | int],
+    state: State,
+    log: TrainingLog,
+    stop: StopSignals,
+    accelerator: Accelerator,
+) -> None:
+    """Pictures of the last pass and, where asked for, the score on a labelled split."""
+    if run.args.validation_steps:
+        log.pictures(run.step, pictures, run.task, run.name)
+    if not run.args.validate_on:
+        return
+    run.scores = validate(run, run.args.validate_on, accelerator, stop=lambda: stop.received is not None)
+    if run.scores is not None:
+        log.validation(run.step, run.scores, run.name)
+        if run.scores["miou"] > state.best.get(run.name, {"miou": -1.0})["miou"]:
+            state.best[run.name] = {"step": run.step, "miou": run.scores["miou"]}
+
+
+def agree(signal: int, corrupt: set[str], state: State, args: Namespace, accelerator: Accelerator) -> int:
+    """Let every process know what one of them met: a signal to stop, images that cannot be decoded.
+
+    Returns:
+        The signal to stop for, 0 for none; the same on all processes.
+
+    Raises:
+        UserError: more than `--max_corrupt_samples` images cannot be decoded; on all processes.
+    """
+    new = len(corrupt) > len(state.corrupt_samples)
+    if accelerator.num_processes > 1:
+        met = accelerator.gather(torch.tensor([[signal, new]], device=accelerator.device)).amax(dim=0)
+        signal, new = met.tolist()
+    if new:
+        found = set(gather_object(sorted(corrupt)))
+        for name in sorted(found - set(state.corrupt_samples)):
+            logger.warning(f"cannot decode {name}; another image takes its place")
+        corrupt |= found
+        state.corrupt_samples = sorted(found)
+        if len(found) > args.max_corrupt_samples:
+            raise UserError(
+                f"{len(found)} images cannot be decoded, --max_corrupt_samples allows {args.max_corrupt_samples}; "
+                f"prepare the data again or raise it: {'; '.join(state.corrupt_samples)}"
+            )
+    return signal
 
 
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def build(args: Namespace, task: Task, accelerator: Accelerator) -> Run:
-    """Data, student, teacher and optimiser, prepared for this machine; restored when resuming."""
+def build(settings: list[tuple[Namespace, Task]], checkpoint: Path | None, accelerator: Accelerator) -> list[Run]:
+    """The run of every task, prepared for this machine; restored from `checkpoint` where given."""
+    runs: list[Run] = []
+    for args, task in settings:
+        name = task.modality if len(settings) > 1 else ""
+        shared = accelerator.unwrap_model(runs[0].model) if runs else None
+        runs.append(build_run(name, args, task, shared, checkpoint, accelerator))
+    return runs
+
+
+def build_run(
+    name: str, args: Namespace, task: Task, shared: MADMModel | None, checkpoint: Path | None, accelerator: Accelerator
+) -> Run:
+    """Data, student, teacher and optimiser of one task; VAE and UNet are those of `shared` where given."""
+    set_seed(args.seed)  # the same initial weights on every process, and whatever other tasks the run has
+    loader = build_loader(args, task, accelerator)
+    model = build_model(args, task, shared, accelerator)
+    scope = BatchScope.of(accelerator, args.sync_batch_statistics)
+    synchronize_statistics(model.segmenter, scope)
+    teacher = None
+    if not args.source_only:
+        teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(accelerator.device)
+        teacher.train(args.teacher_mode == "train")
+
+    # Named before `prepare`, which may change `requires_grad` or wrap the module.
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
+    scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
+    if checkpoint:
+        now = run_record(args, task, loader.dataset.fingerprints, accelerator)
+        check_resume(checkpoint, name, now, model.config(), logger)
+        model.restore(checkpoint / name, teacher)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    palette = palette_table(task.palette, accelerator.device)
+    run = Run(name, args, task, model, teacher, optimizer, scheduler, parameters, loader, palette, scope)
+    if checkpoint:
+        run.step = load_training_state(checkpoint / name, optimizer, scheduler, accelerator.scaler)
+        logger.info(f"resumed {checkpoint / name} at step {run.step}")
+    return run
+
+
+def build_loader(args: Namespace, task: Task, accelerator: Accelerator) -> torch.utils.data.DataLoader:
+    """Batches in their order; a sample depends on its number alone, so neither workers nor resuming change it."""
     passes = args.max_train_steps * args.gradient_accumulation_steps
     dataset = AdaptationDataset(
         args.data_dir,
@@ -278,17 +430,20 @@ def build(args: Namespace, task: Task, accelerator: Accelerator) -> Run:
         max_train_samples=args.max_train_samples,
         target=not args.source_only,
     )
-    # A sample depends on its number alone, so the order is fixed here and neither workers nor resuming change it.
-    loader = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         dataset,
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
+        collate_fn=AdaptationDataset.collate,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    base = BaseModelReference(args.pretrained_model_name_or_path, args.revision, args.variant)
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def build_model(args: Namespace, task: Task, shared: MADMModel | None, accelerator: Accelerator) -> MADMModel:
+    """The student on its base model, in training mode."""
     model = MADMModel.from_base(
-        base,
+        BaseModelReference(args.pretrained_model_name_or_path, args.revision, args.variant),
         task,
         args.resolution,
         unet_tuning=args.unet_tuning,
@@ -296,199 +451,84 @@ def build(args: Namespace, task: Task, accelerator: Accelerator) -> Run:
         lora_alpha=args.lora_alpha,
         train_unet_output_layers=args.train_unet_output_layers,
         noise_in_latent_dtype=args.noise_in_latent_dtype,
-        frozen_dtype=frozen_dtype,
+        frozen_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
+        quantize_base=args.quantize_base,
+        shared=shared,
         projection_channels=args.projection_channels,
         bottleneck_channels=args.bottleneck_channels,
         head_channels=args.head_channels,
     ).train()
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    teacher = None
-    if not args.source_only:
-        teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(accelerator.device)
-        teacher.train(args.teacher_mode == "train")
-
-    # Named before `prepare`, which may change `requires_grad` or wrap the module.
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
-    scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
-    checkpoint = None
-    if args.resume_from_checkpoint:
-        checkpoint = resolve_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
-        check_resume(checkpoint, run_record(args, task, accelerator), model.config(), logger)
-        model.restore(checkpoint, teacher)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = Run(model, teacher, optimizer, scheduler, parameters, loader)
-    if checkpoint:
-        run.step = load_training_state(checkpoint, optimizer, scheduler, accelerator.scaler)
-        logger.info(f"resumed {checkpoint} at step {run.step}")
-    return run
+        model.segmenter.enable_gradient_checkpointing()
+    return model
 
 
-# --- saving and logging ----------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Run, args: Namespace, accelerator: Accelerator) -> None:
-    """Publish `checkpoint-{step}`, then delete old ones. Call it on every rank; the main one writes."""
+def save_checkpoint(runs: list[Run], state: State, upload: HubUpload | None, accelerator: Accelerator) -> None:
+    """Publish `checkpoint-{step}`, then delete old ones. Call it on every rank; the main one writes.
+
+    One that cannot be written (disk full) is given up with a warning: the earlier ones stay, training goes on.
+    """
+    args, step = runs[0].args, runs[0].step
+
+    def write(folder: Path) -> None:
+        for run in runs:
+            accelerator.unwrap_model(run.model).save_pretrained(folder / run.name, run.teacher)
+            save_training_state(folder / run.name, run.step, run.optimizer, run.scheduler, accelerator.scaler)
+
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
-
-        def write(folder: Path) -> None:
-            accelerator.unwrap_model(run.model).save_pretrained(folder, run.teacher)
-            save_training_state(folder, run.step, run.optimizer, run.scheduler, accelerator.scaler)
-
-        newest = output_dir / f"checkpoint-{run.step}"
-        publish_folder(newest, write)
-        rotate_checkpoints(newest, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
-
-
-def save_final_model(run: Run, args: Namespace, task: Task, accelerator: Accelerator) -> None:
-    """Write the trained model at the top of the run folder, each part moved there once it is complete."""
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    output_dir = Path(args.output_dir)
-    model: MADMModel = accelerator.unwrap_model(run.model)
-    staging = output_dir / f".final.tmp-{os.getpid()}"
-    model.save_pretrained(staging, run.teacher)
-    # The configuration goes first and comes last: a folder that has it has everything.
-    (output_dir / CONFIG_NAME).unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):
-        if (output_dir / path.name).is_dir():
-            shutil.rmtree(output_dir / path.name)
-        path.replace(output_dir / path.name)
-    staging.rmdir()
-    write_model_card(output_dir, task, args.pretrained_model_name_or_path, vars(args))
-    print(f"trained model: {output_dir}")
-
-
-def log_scalars(scalars: dict, step: int, progress: tqdm, accelerator: Accelerator) -> None:
-    """Log the mean over the processes; one transfer from the device."""
-    values = torch.stack([torch.as_tensor(v, device=accelerator.device).float().mean() for v in scalars.values()])
-    values = dict(zip(scalars, accelerator.reduce(values, "mean").tolist(), strict=True))
-    accelerator.log({f"train/{name}": value for name, value in values.items()}, step=step)
-    shown = {name.removesuffix("_loss"): f"{v:.3f}" for name, v in values.items() if name.endswith("_loss")}
-    progress.set_postfix(shown | {"lr": f"{values['learning_rate']:.1e}"})
-
-
-def log_pictures(
-    pictures: dict[str, Tensor], step: int, args: Namespace, task: Task, accelerator: Accelerator
-) -> None:
-    """Write `validation/step-{step}.png`: what went into the first pair of the batch and what came out."""
-    if not accelerator.is_main_process:
-        return
-
-    def shown(name: str) -> np.ndarray:
-        value = pictures[name][0]
-        if name.endswith("_logits"):
-            value = value.argmax(dim=0)
-        if value.dim() == 2:
-            return colorize(value.cpu().numpy().astype(np.uint8), task.palette)
-        value = value.float() / 2 + 0.5 if name == "decoded" else value
-        return (value.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-    names = [name for name in pictures if name != "teacher_logits"]
-    captions = [name.replace("_", " ").replace("logits", "prediction") for name in names]
-    legend = dict(zip(task.class_names, task.palette, strict=True))
-    grid = picture_grid([[shown(name) for name in names]], captions, legend=legend, cell_width=256)
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{step}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
-
-
-def check_output_dir(args: Namespace) -> None:
-    """Refuse a folder that holds another run or cannot be written, before anything is loaded."""
-    output_dir = Path(args.output_dir)
-    check_writable(output_dir)
-    checkpoints = list_checkpoints(output_dir)
-    # A run that ended before its first checkpoint left a record and logs, nothing to lose.
-    holds_run = (output_dir / CONFIG_NAME).exists() or bool(checkpoints)
-    if args.resume_from_checkpoint:
-        checkpoint = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
-        if holds_run and checkpoint.parent != output_dir.resolve():
-            raise UserError(
-                f"--output_dir {output_dir} already holds a run, and {checkpoint} belongs to another one; give a new "
-                "--output_dir to branch off from that checkpoint"
+        records = {run.name: record(run, accelerator) for run in runs}
+        try:
+            checkpoint = publish_checkpoint(output_dir, step, records, vars(state), write)
+        except SAVE_ERRORS as error:
+            kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+            logger.warning(
+                f"checkpoint-{step} could not be written ({error}); training goes on and tries again in "
+                f"{args.checkpointing_steps} steps; checkpoints kept: {kept}"
             )
-    elif holds_run:
-        go_on = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
-        raise UserError(
-            f"--output_dir {output_dir} already holds a run; give another folder, or delete this one{go_on}"
-        )
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker that does not exist or is not installed: accelerate would drop the latter and log nothing."""
-    known = sorted(LOGGER_TYPE_TO_CLASS)
-    if name != "none" and name not in known:
-        raise UserError(f"--report_to {name} is unknown; one of {', '.join(known)}, or none")
-    if name != "none" and name not in map(str, get_available_trackers()):
-        raise UserError(f"--report_to {name} is not installed: pip install {name}, or use tensorboard or none")
-
-
-def write_record(args: Namespace, task: Task, accelerator: Accelerator) -> None:
-    """Write `run.json`, and remove what killed processes left half-written."""
+        else:
+            rotate_checkpoints(checkpoint, args.checkpoints_total_limit)
+            if upload is not None:
+                upload.checkpoint(checkpoint)
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output_dir)
-    with replacing(output_dir / "run.json") as temporary:
-        record = run_record(args, task, accelerator)
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def run_record(args: Namespace, task: Task, accelerator: Accelerator) -> dict:
-    """What `run.json` holds: the merged settings, the task, and the versions."""
-    return {
-        "settings": public_settings(args),
-        "task": task.to_dict(),
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        "versions": versions(),
-    }
+def save_final_model(runs: list[Run], state: State, accelerator: Accelerator) -> None:
+    """Write the trained models and their cards into the run folder."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for run in runs:
+            student: MADMModel = accelerator.unwrap_model(run.model)
+            folder = Path(run.args.output_dir) / run.name
+            publish_model(
+                folder, lambda staging, student=student, run=run: student.save_pretrained(staging, run.teacher)
+            )
+        scores = {r.name: {"task": r.task.name, "protocol": "paper", **r.scores} for r in runs if r.scores}
+        write_model_card(Path(runs[0].args.output_dir), {run.name: record(run, accelerator) for run in runs}, scores)
 
 
-def public_settings(args: Namespace) -> dict:
-    """The settings without the token."""
-    return {key: value for key, value in vars(args).items() if key != "hub_token"}
+def record(run: Run, accelerator: Accelerator) -> dict:
+    """What `run.json` of a task holds."""
+    return run_record(run.args, run.task, run.batches.dataset.fingerprints, accelerator)
 
 
-def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
-    """Hand the settings to the trackers, in the scalar form they accept."""
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public_settings(args).items()}
-    accelerator.init_trackers("madm", config=plain)
+# --- running ---------------------------------------------------------------------------------------------------------
 
 
-def banner(run: Run, args: Namespace, task: Task, accelerator: Accelerator) -> None:
-    """Log what is about to be trained."""
-    trainable = sum(p.numel() for p in run.parameters)
-    pairs = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    logger.info(f"***** {'source-only' if args.source_only else 'MADM'} training: {task.name} *****")
-    logger.info(f"  {run.batches.dataset.num_source} source and {run.batches.dataset.num_target} target images")
-    logger.info(f"  steps {run.step} to {args.max_train_steps}, {pairs} pairs of {args.resolution} pixels per step")
-    logger.info(f"  UNet tuning {args.unet_tuning}, {trainable:,} trainable parameters")
-    logger.info(f"  {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
-    args, task = parse_train_args(train_parser(__doc__), argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
+def build_accelerator(args: Namespace) -> Accelerator:
+    """Processes, precision, accumulation and trackers."""
     has_gpu = torch.accelerator.is_available()
     # `accelerate launch` hands its config's precision on through the environment.
     check_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), has_gpu)
-    check_tracker(args.report_to)
-    check_output_dir(args)
     # `forward_sync_buffers`, its successor, would still copy BatchNorm statistics between the processes at the start.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    accelerator = Accelerator(
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Accelerator(
         # Without it, several processes on a machine without GPU would not form a group, and each write the results.
         cpu=not has_gpu,
         mixed_precision=args.mixed_precision,
@@ -498,21 +538,59 @@ def main(argv: Sequence[str] | None = None) -> None:
         # BatchNorm statistics stay per process, as published; synchronised gradients are views of DDP's buckets.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    set_seed(args.seed)  # the same initial weights on every process
-    run = build(args, task, accelerator)
-    write_record(args, task, accelerator)
-    if args.report_to != "none":
-        start_trackers(args, accelerator)
-    banner(run, args, task, accelerator)
-    started = time.monotonic()
-    train(run, args, task, accelerator)
-    save_final_model(run, args, task, accelerator)
-    logger.info(f"done in {time.monotonic() - started:.0f} s")
-    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code."""
+    settings = parse_train_args(train_parser(__doc__), argv)
+    args = settings[0][0]  # what holds for the whole run is the same in all of them
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
+    check_tracker(args.report_to)
+    checkpoint = check_output_dir(args)
+    accelerator = build_accelerator(args)
+    runs = build(settings, checkpoint, accelerator)
+    state = State(**read_marker(checkpoint)["state"]) if checkpoint else State()
+    for run in runs if args.validate_on else ():
+        check_validation_split(run, args.validate_on)
+    if args.dry_run:
+        banner(runs, args, accelerator)
+        logger.info("dry run: everything is there and fits together; nothing was written")
+        return 0
+    upload = None
     if args.push_to_hub and accelerator.is_main_process:
-        print(f"uploaded to {push_to_hub(Path(args.output_dir), args.hub_model_id, args.hub_token)}")
+        names = [run.name for run in runs]
+        upload = HubUpload(
+            args.hub_model_id, args.hub_private_repo, args.hub_token, args.output_dir, args.hub_strategy, names
+        )
+        upload.start()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        remove_unfinished(Path(args.output_dir))
+        for run in runs:
+            write_record(Path(args.output_dir) / run.name, record(run, accelerator))
+    pairs = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps * len(runs)
+    log = TrainingLog(
+        Path(args.output_dir), accelerator, public_settings(args), args.max_train_steps, runs[0].step, pairs,
+        args.report_to, args.logging_dir,
+    )  # fmt: skip
+    banner(runs, args, accelerator)
+    with StopSignals(args.preempt_signal) as stop:
+        signal = train(runs, state, log, stop, upload, accelerator)
+    log.close()
+    if signal:
+        if upload is not None:
+            upload.close()
+        logger.info(
+            f"stopped by {Signals(signal).name} after step {runs[0].step}; go on with the same command and "
+            "--resume_from_checkpoint latest"
+        )
+        return 128 + signal
+    save_final_model(runs, state, accelerator)
+    summary(runs, log, state, accelerator)
+    accelerator.end_training()
+    if upload is not None:
+        print(f"uploaded to {upload.finish()}")
+    return 0
 
 
 if __name__ == "__main__":

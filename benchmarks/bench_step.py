@@ -10,12 +10,7 @@ teacher's pass, four losses, backward, clipping, AdamW, EMA.
 """
 
 import argparse
-import copy
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from madm_utils.cli import UserError, quiet_libraries, run
+from benchmarks.common import (
+    build_model,
+    enable_checkpointing,
+    in_own_process,
+    machine,
+    peak_gib,
+    training_settings,
+    training_step,
+)
+from madm_utils.cli import quiet_libraries, run
 
 
 @dataclass(frozen=True)
@@ -48,93 +52,6 @@ ROWS = {
     "real-512-lora-bf16-train": Row("real", 512, "lora", "bf16", gpu_only=True),
     "real-512-full-fp16-train": Row("real", 512, "full", "fp16", gpu_only=True),
 }
-WIDTHS = {
-    "tiny": {"projection_channels": 64, "bottleneck_channels": 32, "head_channels": 32},
-    "real": {},
-}
-
-
-def build_model(row: Row):
-    """A model with random weights: small widths (tiny) or those of Stable Diffusion 1.4 and the paper (real)."""
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from peft import LoraConfig
-
-    from madm_utils.base_model import BaseModelReference
-    from madm_utils.feature_extractor import DiffusionFeatureExtractor
-    from madm_utils.modeling_madm import LORA_TARGET_MODULES, MADMModel, segmenter_config
-    from madm_utils.segmenter import Segmenter
-    from madm_utils.tasks import TASKS
-
-    real = row.size == "real"
-    frozen = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(row.precision, torch.float32)
-    vae_channels = (128, 256, 512, 512) if real else (16, 32, 32)
-    vae = AutoencoderKL(
-        block_out_channels=vae_channels,
-        down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
-        up_block_types=["UpDecoderBlock2D"] * len(vae_channels),
-        layers_per_block=2 if real else 1,
-        norm_num_groups=32 if real else 8,
-    ).to(frozen)
-    unet = UNet2DConditionModel(
-        block_out_channels=(320, 640, 1280, 1280) if real else (32, 64, 64, 64),
-        cross_attention_dim=768 if real else 32,
-        attention_head_dim=8 if real else 4,
-        norm_num_groups=32 if real else 8,
-    )
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    extractor = DiffusionFeatureExtractor(vae, unet, scheduler, row.resolution // 2 ** (len(vae_channels) - 1))
-    task = TASKS["cityscapes_to_deliver_depth"]
-    config = segmenter_config(extractor, task.num_classes, **WIDTHS[row.size])
-    segmenter = Segmenter(**config, prompt_dim=unet.config.cross_attention_dim)
-    if row.tuning == "lora":
-        unet.requires_grad_(False).to(frozen)
-        unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGET_MODULES)), adapter_name=task.modality)
-    model = MADMModel(extractor, segmenter, task, BaseModelReference("random"), row.resolution, row.tuning)
-    model.set_trainable()
-    return model
-
-
-def training_step(row: Row, model, accelerator) -> Callable[[], None]:
-    """A function that makes one optimiser step on random images, batch 1."""
-    import torch
-
-    import train_madm
-    from madm_utils.args import parse_train_args, train_parser
-    from madm_utils.ema import ema_decay, update_teacher
-    from madm_utils.optimization import build_adamw, parameter_groups
-    from madm_utils.pseudo_labels import palette_table
-
-    flags = ["--task", model.task.name, "--data_dir", "-", "--output_dir", "-", "--unet_tuning", row.tuning]
-    args, task = parse_train_args(train_parser(""), [*flags, "--pretrained_model_name_or_path", "-"])
-    device = accelerator.device
-    if row.size == "real":
-        model.unet.enable_gradient_checkpointing()
-    teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(device).train()
-    groups = parameter_groups(model.train(), args.learning_rate, args.weight_decay)
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, use_8bit=False)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    palette = palette_table(task.palette, device)
-    shape = (1, 3, row.resolution, row.resolution)
-    batch = {
-        "source_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
-        "target_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
-        "source_label": torch.randint(task.num_classes, (1, *shape[2:]), device=device),
-    }
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        update_teacher(teacher, model.segmenter, ema_decay(count))
-        draws = train_madm.draw(batch["source_label"], count, str(count), args)
-        train_madm.adaptation_pass(prepared, teacher, batch, draws, args, palette, accelerator)
-        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def prediction(row: Row, model, accelerator) -> Callable[[], None]:
@@ -173,37 +90,19 @@ def measure(name: str, repeats: int) -> dict:
     gpu = accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if gpu else lambda: None
     torch.manual_seed(0)
-    model = build_model(row)
+    model = build_model(row.size, row.resolution, row.tuning, row.precision)
     result = {"row": name, "parameters": sum(p.numel() for p in model.parameters())}
     result["image_seconds"] = seconds(prediction(row, model, accelerator), repeats, synchronize)
     result["image_memory_gib"] = peak_gib(gpu)
     if row.train:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        result["step_seconds"] = seconds(training_step(row, model, accelerator), repeats, synchronize)
+        if row.size == "real":
+            enable_checkpointing(model)
+        step = training_step(model, training_settings(model), accelerator)
+        result["step_seconds"] = seconds(step, repeats, synchronize)
         result["step_memory_gib"] = peak_gib(gpu)
     return result
-
-
-def peak_gib(gpu: bool) -> float:
-    """Peak memory so far: allocated on the GPU, resident on the CPU."""
-    import torch
-
-    return (
-        torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ) / 2**30
-
-
-def machine() -> str:
-    """The machine in words."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU"
-    )
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def main() -> None:
@@ -224,13 +123,7 @@ def main() -> None:
     print("| row | parameters | s / training step | peak GiB | s / image | peak GiB |")
     print("|---|---|---|---|---|---|", flush=True)
     for name in names:
-        command = [sys.executable, __file__, "--measure", name, "--repeats", str(args.repeats)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(
-                f"row {name} failed with exit code {done.returncode} (see above); leave it out with --rows"
-            )
-        r = json.loads(done.stdout.splitlines()[-1])
+        r = in_own_process(__file__, name, "--repeats", str(args.repeats))
         step = f"{r['step_seconds']:.2f} | {r['step_memory_gib']:.1f}" if "step_seconds" in r else "- | -"
         image = f"{r['image_seconds']:.2f} | {r['image_memory_gib']:.1f}"
         print(f"| {name} | {r['parameters'] / 1e6:.1f} M | {step} | {image} |", flush=True)

@@ -5,6 +5,7 @@ Defaults are layered: built-in default < the task's hyper-parameters < an explic
 
 import argparse
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def seed(text: str) -> int:
     return value
 
 
+def preempt_signal(text: str) -> str:
+    """argparse type: the name of a signal that a program can catch, without `SIG`."""
+    name = text.upper().removeprefix("SIG")
+    if f"SIG{name}" not in signal.Signals.__members__ or name in ("KILL", "STOP"):
+        raise argparse.ArgumentTypeError(f"expected a signal such as USR1, got {text}")
+    return name
+
+
 def check_precision(mixed_precision: str, has_gpu: bool) -> None:
     """Raise `UserError` for fp16 without a GPU, which accelerate would run in float32 or fail in the first step."""
     if mixed_precision == "fp16" and not has_gpu:
@@ -75,11 +84,16 @@ def formatter(prog: str) -> argparse.HelpFormatter:
     return _HelpFormatter(prog, max_help_position=32, width=110)
 
 
-def add_task_arguments(parser: argparse.ArgumentParser, purpose: str = "what to adapt to what") -> None:
-    """`--task` and `--task_config`, shared by all scripts."""
+def add_task_arguments(
+    parser: argparse.ArgumentParser, purpose: str = "what to adapt to what", several: bool = False
+) -> None:
+    """`--task` and `--task_config`, shared by all scripts; with `several` both may be given more than once."""
     group = parser.add_argument_group("task")
-    group.add_argument("--task", metavar="NAME", help=f"{purpose}: {', '.join(TASKS)}")
-    group.add_argument("--task_config", metavar="FILE", help="your own task, JSON or YAML (docs/tasks.md)")
+    action, note = ("append", "; repeat for one LoRA per modality on a shared base") if several else ("store", "")
+    group.add_argument("--task", metavar="NAME", action=action, help=f"{purpose}: {', '.join(TASKS)}{note}")
+    group.add_argument(
+        "--task_config", metavar="FILE", action=action, help="your own task, JSON or YAML (docs/tasks.md)"
+    )
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +117,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
 def train_parser(description: str) -> argparse.ArgumentParser:
     """The parser of `train_madm.py`, with built-in defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
-    add_task_arguments(parser)
+    add_task_arguments(parser, several=True)
     _add_data(parser.add_argument_group("data"))
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("optimisation"))
@@ -120,6 +134,10 @@ def _add_data(group) -> None:
     group.add_argument(
         "--rare_class_sampling", action=argparse.BooleanOptionalAction, default=True,
         help="draw source images by rare class (DAFormer); published: on",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_corrupt_samples", type=non_negative_int, default=10,
+        help="replace up to N images that cannot be decoded, then stop and list them",
     )  # fmt: skip
     group.add_argument("--rare_class_temperature", type=positive_float, default=0.01, help="of the class softmax")
     group.add_argument(
@@ -139,6 +157,10 @@ def _add_model(group) -> None:
     group.add_argument(
         "--unet_tuning", choices=("lora", "full"), default="lora", help="train a LoRA or the whole UNet (published)"
     )
+    group.add_argument(
+        "--quantize_base", choices=("nf4", "int8", "none"), default="none",
+        help="store the frozen UNet under a LoRA in 4 or 8 bits (bitsandbytes, needs a GPU)",
+    )  # fmt: skip
     group.add_argument("--rank", type=positive_int, default=16, help="rank of the LoRA")
     group.add_argument("--lora_alpha", type=positive_int, help="alpha of the LoRA; default: the rank")
     group.add_argument(
@@ -177,8 +199,12 @@ def _add_training(group) -> None:
         "--mixed_precision", choices=("no", "fp16", "bf16"),
         help="bf16 advised, fp16 published; default: of the accelerate config",
     )  # fmt: skip
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the UNet, saves memory")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute UNet and head, saves memory")
     group.add_argument("--use_8bit_adam", action="store_true", help="8-bit moments of bitsandbytes")
+    group.add_argument(
+        "--sync_batch_statistics", action="store_true",
+        help="BatchNorm, pseudo-label weight and class mix over the batch of all processes; published: of each",
+    )  # fmt: skip
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
 
 
@@ -230,10 +256,23 @@ def _add_method(group) -> None:
 def _add_run(group) -> None:
     group.add_argument("--output_dir", required=True, help="run folder: checkpoints, logs, final model")
     group.add_argument("--seed", type=seed, default=42, help="of every random draw")
+    group.add_argument("--dry_run", action="store_true", help="build everything, print the plan, stop before step 1")
     group.add_argument("--checkpointing_steps", type=positive_int, default=1000, help="save every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
-    group.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder, or 'latest'")
+    group.add_argument(
+        "--resume_from_checkpoint", metavar="PATH",
+        help="checkpoint folder, 'latest', or 'latest-valid' to pass over damaged ones",
+    )  # fmt: skip
+    group.add_argument(
+        "--preempt_signal", metavar="NAME", type=preempt_signal,
+        help="besides TERM and INT, save and stop on this signal, e.g. USR1 (sbatch --signal=USR1@120)",
+    )  # fmt: skip
     group.add_argument("--validation_steps", type=positive_int, help="write a picture of the batch every N steps")
+    group.add_argument(
+        "--validate_on", metavar="SPLIT",
+        help="score on this labelled target split every --validation_steps and at the end; choosing by it is no longer"
+        " unsupervised",
+    )  # fmt: skip
     group.add_argument("--logging_steps", type=positive_int, default=10, help="log losses every N steps")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, ... of accelerate, or none")
     group.add_argument("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
@@ -242,21 +281,58 @@ def _add_run(group) -> None:
 def _add_hub(group) -> None:
     group.add_argument("--push_to_hub", action="store_true", help="upload the final model")
     group.add_argument("--hub_model_id", help="repository; default: the name of --output_dir")
+    group.add_argument("--hub_private_repo", action="store_true", help="create the repository as private")
+    group.add_argument(
+        "--hub_strategy", choices=("end", "every_checkpoint"), default="end",
+        help="upload the final model only, or every checkpoint too, in the background",
+    )  # fmt: skip
     group.add_argument("--hub_token", help="default: the token of `hf auth login`")
 
 
-def parse_train_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Task]:
-    """Parse, merge with the task's hyper-parameters, and validate.
+# With several tasks these hold for the whole run; the others may differ by each task's hyper-parameters.
+_RUN_WIDE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed", "checkpointing_steps",
+             "validation_steps", "logging_steps", "unet_tuning", "mixed_precision")  # fmt: skip
+
+
+def parse_train_args(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> list[tuple[argparse.Namespace, Task]]:
+    """Parse, merge with each task's hyper-parameters, and validate: the settings of every task of the run.
 
     Raises:
-        UserError: the task is unknown or its hyper-parameters are no flags. Other mistakes end in `parser.error`.
+        UserError: a task is unknown, its hyper-parameters are no flags, or the tasks do not go together. Other
+            mistakes end in `parser.error`.
     """
     first, _ = parser.parse_known_args(argv)
-    task = load_task(first.task, first.task_config)
-    parser.set_defaults(**task_defaults(parser, task))
-    args = parser.parse_args(argv)
-    _validate(parser, args, task)
-    return args, task
+    chosen = [(name, None) for name in first.task or ()] + [(None, config) for config in first.task_config or ()]
+    runs = []
+    for name, config in chosen or [(None, None)]:
+        task = load_task(name, config)
+        own = task_defaults(parser, task)
+        built_in = {name: parser.get_default(name) for name in own}
+        parser.set_defaults(**own)
+        args = parser.parse_args(argv)
+        parser.set_defaults(**built_in)  # not the defaults of the next task
+        args.task, args.task_config = name, config
+        _validate(parser, args, task)
+        runs.append((args, task))
+    _check_tasks(parser, runs)
+    return runs
+
+
+def _check_tasks(parser: argparse.ArgumentParser, runs: list[tuple[argparse.Namespace, Task]]) -> None:
+    """Several tasks share a frozen UNet, a clock and an adapter name per modality."""
+    if len(runs) == 1:
+        return
+    if runs[0][0].unet_tuning != "lora":
+        parser.error("several tasks in one run need --unet_tuning lora: they share one frozen UNet")
+    modalities = [task.modality for _, task in runs]
+    if len(set(modalities)) < len(modalities):
+        parser.error(f"several tasks in one run need different modalities, got {', '.join(modalities)}")
+    for name in _RUN_WIDE:
+        values = [getattr(args, name) for args, _ in runs]
+        if any(value != values[0] for value in values):
+            parser.error(f"the tasks of one run disagree about --{name} ({values}); give the flag")
 
 
 def task_defaults(parser: argparse.ArgumentParser, task: Task) -> dict[str, Any]:
@@ -304,6 +380,8 @@ def _validate(parser: argparse.ArgumentParser, args: argparse.Namespace, task: T
             parser.error(f"--{name} must be a multiple of 32 (GroupNorm has 32 groups), got {getattr(args, name)}")
     if args.projection_channels % 128 and args.projection_channels > 128:
         parser.error(f"--projection_channels above 128 must be a multiple of 128, got {args.projection_channels}")
+    if args.unet_tuning == "full" and args.quantize_base != "none":
+        parser.error("--quantize_base needs --unet_tuning lora: a quantised UNet cannot be trained")
     if args.unet_tuning == "lora" and args.train_unet_output_layers:
         parser.error("--train_unet_output_layers needs --unet_tuning full")
     if args.train_unet_output_layers and args.lplr_loss == "none":

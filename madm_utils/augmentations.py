@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madm_utils.distributed import LOCAL_BATCH, BatchScope
+
 JITTER_STRENGTH = 0.2
 BLUR_SIGMA = (0.15, 1.15)
 
@@ -19,7 +21,7 @@ def class_mix_masks(labels: Tensor, rng: np.random.Generator, scope: str = "batc
     Args:
         labels: (B, H, W) int64 source labels.
         rng: draws the classes.
-        scope: `batch`: every image chooses among the classes of the whole local batch, 255 included (published);
+        scope: `batch`: every image chooses among the classes of the whole batch, 255 included (published);
             `image`: among the classes of its own label, 255 excluded.
 
     Returns:
@@ -40,17 +42,25 @@ def mix(mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
 
 
 def strong_augment(
-    images: Tensor, rng: random.Random, jitter_probability: float = 0.8, blur_probability: float = 0.5
+    images: Tensor,
+    rng: random.Random,
+    jitter_probability: float = 0.8,
+    blur_probability: float = 0.5,
+    across: BatchScope = LOCAL_BATCH,
 ) -> Tensor:
     """Colour jitter and Gaussian blur of the mixed images (B, 3, H, W) in [0, 1].
 
-    Whether each is applied is drawn once for the batch, the parameters per image (DAFormer, MADM).
+    Whether each is applied is drawn once for the batch, the parameters per image (DAFormer, MADM). Every process draws
+    for the images of all processes in `across` and applies what is meant for its own.
     """
     jitter, blur = rng.random() > 1 - jitter_probability, rng.random() > 1 - blur_probability
+    everyone = range(len(images) * across.num_processes)
     if jitter:
-        images = torch.stack([color_jitter(image, **draw_jitter(rng)) for image in images])
+        drawn = across.local([draw_jitter(rng) for _ in everyone])
+        images = torch.stack([color_jitter(image, **factors) for image, factors in zip(images, drawn, strict=True)])
     if blur:
-        images = torch.stack([gaussian_blur(image, rng.uniform(*BLUR_SIGMA)) for image in images])
+        drawn = across.local([rng.uniform(*BLUR_SIGMA) for _ in everyone])
+        images = torch.stack([gaussian_blur(image, sigma) for image, sigma in zip(images, drawn, strict=True)])
     return images
 
 

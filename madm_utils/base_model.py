@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, is_bitsandbytes_available
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -100,9 +100,43 @@ def load_scheduler(base: BaseModelReference) -> DDPMScheduler:
     return _load(base, DDPMScheduler, "scheduler")
 
 
-def load_unet(base: BaseModelReference, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The UNet of the base model."""
-    return _load(base, UNet2DConditionModel, "unet", torch_dtype=dtype)
+def load_unet(
+    base: BaseModelReference, dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> UNet2DConditionModel:
+    """The UNet of the base model.
+
+    Args:
+        base: Stable Diffusion folder or Hub id.
+        dtype: of the weights; with quantisation, of those that are not quantised and of the arithmetic.
+        quantization: `nf4` (4 bits, arithmetic in `dtype`) or `int8` for the weights of the linear layers, by
+            bitsandbytes, on the current GPU; `none`. Convolutions and norms stay as they are.
+
+    Raises:
+        UserError: see `check_quantization`; or the weights are not to be had, or do not fit.
+    """
+    check_quantization(quantization)
+    options = {}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "nf4",
+            load_in_8bit=quantization == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return _load(base, UNet2DConditionModel, "unet", torch_dtype=dtype, **options)
+
+
+def check_quantization(quantization: str) -> None:
+    """Raise `UserError` where a quantised UNet cannot be built; cheap, so that it can be asked before any loading."""
+    if quantization == "none":
+        return
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise UserError(
+            f"--quantize_base {quantization} needs a GPU: bitsandbytes quantises the UNet there, and PyTorch finds none "
+            "(CUDA or XPU). Leave the flag out, or run on a machine with a GPU"
+        )
+    if not is_bitsandbytes_available():
+        raise UserError(f"--quantize_base {quantization} needs bitsandbytes: pip install bitsandbytes")
 
 
 def load_unet_config(base: BaseModelReference) -> dict:

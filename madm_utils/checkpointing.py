@@ -1,13 +1,18 @@
 """Checkpoints of a run: written whole under a temporary name, then renamed; old ones deleted afterwards.
 
 output_dir/
-    run.json                            merged settings, versions
-    checkpoint-{step}/                  a model that loads like the final one (`modeling_madm`), and
+    checkpoint-{step}/
+        checkpoint.json                 marker, written last: step, settings and data of the run, sizes of all files
+        madm_config.json, ...           a model that loads like the final one (`modeling_madm`), and
         training_state.safetensors      tensors of the optimizer
         training_state.json             step, scheduler, gradient scaler, the optimizer's numbers
+
+In a run over several modalities everything but the marker is in one sub-folder per modality. A folder without marker
+is not finished: nothing resumes from it, and rotation neither counts nor deletes it.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,75 +21,207 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from madm_utils.base_model import read_safetensors
 from madm_utils.cli import UserError
+from madm_utils.files import publish_folder
+from madm_utils.run_identity import identity, may_change
 
+logger = logging.getLogger(__name__)
+
+MARKER_NAME = "checkpoint.json"
 STATE_NAME = "training_state"
+FORMAT = 1
+SAVE_ERRORS = (OSError, SafetensorError)
+"""What writing a checkpoint raises when the disk is full or fails."""
 
 
-def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling of `folder`, then give it its final name, replacing an older one."""
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def publish_checkpoint(
+    output_dir: Path,
+    step: int,
+    records: dict[str, dict[str, Any]],
+    state: dict[str, Any],
+    write: Callable[[Path], None],
+) -> Path:
+    """Write `checkpoint-{step}` so that it is there completely or not at all.
+
+    Args:
+        output_dir: run folder.
+        step: optimiser steps done.
+        records: what `run.json` holds, by name of the run's model ("" for a single one).
+        state: small state of the whole run, plain JSON values.
+        write: fills the (temporary) folder that it is given.
+
+    Raises:
+        OSError, SafetensorError: (`SAVE_ERRORS`) it could not be written; nothing is left of it.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+
+    def write_marked(temporary: Path) -> None:
         write(temporary)
-        if folder.exists():
-            folder.rename(earlier)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
+        files = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
+        marker = {
+            "format": FORMAT,
+            "step": step,
+            "records": records,
+            "state": state,
+            "files": {name: path.stat().st_size for name, path in sorted(files.items())},
+        }
+        (temporary / MARKER_NAME).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+
+    publish_folder(folder, write_marked)
+    return folder
+
+
+def rotate_checkpoints(newest: Path, limit: int | None) -> None:
+    """Delete finished checkpoints beside `newest` beyond `limit`, oldest first; call it after `newest` is published.
+
+    One that cannot be deleted stays, with a warning.
+    """
+    if limit is None:
+        return
+    others = [path for path in list_checkpoints(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) - (limit - 1))]:
+        doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            # Renamed first, because a kill in the middle of deleting would leave a damaged checkpoint.
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning(f"{path} could not be deleted ({error})")
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Delete what killed processes left half-written in a run folder."""
-    for path in output_dir.glob(".*.tmp-*"):
+    """Delete what killed processes left half-written in a run folder and in those of its modalities."""
+    _restore_replaced(output_dir)
+    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("[!.]*/.*.tmp-*")]:
         if path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _restore_replaced(output_dir: Path) -> None:
+    """Give a checkpoint its name back that was set aside for a newer version when the process was killed."""
+    for path in output_dir.glob(".checkpoint-*.tmp-*-old"):
+        final = output_dir / re.fullmatch(r"\.(checkpoint-\d+)\.tmp-\d+-old", path.name)[1]
+        if not final.exists():
+            try:
+                path.rename(final)
+            except FileNotFoundError:  # another process of this run was quicker
+                continue
+
+
+# --- finding and checking --------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    found = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    return [path for _, path in sorted(found)]
+    return [path for path in _checkpoint_folders(output_dir) if (path / MARKER_NAME).is_file()]
 
 
-def rotate_checkpoints(newest: Path, limit: int | None) -> None:
-    """Delete checkpoints beside `newest` beyond `limit`, oldest first; call it after `newest` is published."""
-    if limit is not None:
-        others = [path for path in list_checkpoints(newest.parent) if path != newest]
-        for path in others[: max(0, len(others) - (limit - 1))]:
-            shutil.rmtree(path)
+def _checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Folders named like checkpoints, finished or not, oldest first."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def resolve_checkpoint(output_dir: Path, name: str) -> Path:
-    """The folder for `--resume_from_checkpoint`: `latest`, or any path.
+    """The undamaged checkpoint that `--resume_from_checkpoint` names.
+
+    Args:
+        output_dir: run folder.
+        name: `latest`, the newest finished one; `latest-valid`, the newest that is not damaged; or a path, also one
+            inside `output_dir`.
 
     Raises:
-        UserError: there is none, or it cannot be resumed.
+        UserError: there is none, or it is damaged; the message names the file and what to do.
     """
-    if name == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            raise UserError(
-                f"--resume_from_checkpoint latest: no checkpoint-* in {output_dir}; start without the flag"
-            )
-        path = checkpoints[-1]
-    else:
+    flag = f"--resume_from_checkpoint {name}"
+    _restore_replaced(output_dir)
+    checkpoints = list_checkpoints(output_dir)
+    found = ", ".join(path.name for path in checkpoints) or "none"
+    if name not in ("latest", "latest-valid"):
         path = Path(name) if Path(name).is_dir() else output_dir / name
-    if not (path / f"{STATE_NAME}.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {name}: {path} is no training checkpoint (it lacks {STATE_NAME}.json); found "
-            f"checkpoints: {', '.join(p.name for p in list_checkpoints(output_dir)) or 'none'}"
-        )
-    return path.resolve()
+        if not (path / MARKER_NAME).is_file():
+            raise UserError(
+                f"{flag}: {path} is no training checkpoint (it lacks {MARKER_NAME}, which is written last); found "
+                f"checkpoints: {found}"
+            )
+        verify_checkpoint(path)
+        return path.resolve()
+
+    unfinished = [path.name for path in _checkpoint_folders(output_dir) if path not in checkpoints]
+    if not checkpoints:
+        lacking = f" that holds {MARKER_NAME}, only unfinished {', '.join(unfinished)}" if unfinished else ""
+        raise UserError(f"{flag}: no checkpoint-* in {output_dir}{lacking}; start without the flag")
+    if unfinished:
+        logger.warning(f"passing over {', '.join(unfinished)} in {output_dir}: unfinished, without {MARKER_NAME}")
+    damages = []
+    for path in reversed(checkpoints):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            if name == "latest":
+                others = "--resume_from_checkpoint latest-valid goes on from the newest undamaged one"
+                raise UserError(f"{error}; {others if len(checkpoints) > 1 else 'there is no other one'}") from None
+            damages.append(str(error))
+            continue
+        if damages:
+            logger.warning(f"resuming from {path.name}, passing over damaged ones: {'; '.join(damages)}")
+        return path.resolve()
+    raise UserError(f"{flag}: every checkpoint is damaged: {'; '.join(damages)}; start again in another --output_dir")
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Content of a checkpoint's marker: `step`, `records`, `state`, `files` (relative path -> bytes).
+
+    Raises:
+        UserError: it is missing, damaged, or of a newer format.
+    """
+    path = folder / MARKER_NAME
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        fits = marker["format"] == FORMAT
+        kinds = {"step": int, "records": dict, "state": dict, "files": dict}
+        if fits and not all(isinstance(marker[key], kind) for key, kind in kinds.items()):
+            raise TypeError(f"expected {', '.join(f'{key} {kind.__name__}' for key, kind in kinds.items())}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {path.name}: {type(error).__name__}: {error}") from None
+    if not fits:
+        raise UserError(f"{path} has format {marker['format']}, this version reads {FORMAT}; update the suite")
+    return marker
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check that every file of a finished checkpoint is there, has its size, and begins as it should.
+
+    Raises:
+        UserError: naming the first damaged file.
+    """
+    for name, size in read_marker(folder)["files"].items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise ValueError(f"{found} bytes instead of {size}")
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # reads the header and compares it with the size
+                    pass
+        except (*SAVE_ERRORS, ValueError) as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else error
+            raise UserError(f"checkpoint {folder} is damaged: {name}: {reason}") from None
+
+
+# --- what a run counts besides its model -----------------------------------------------------------------------------
 
 
 def save_training_state(
@@ -161,59 +298,40 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
-# Settings that may change when a run goes on; a change of any other would make it another run.
-_FREE_SETTINGS = {
-    "output_dir", "data_dir", "pretrained_model_name_or_path", "task_config", "max_train_steps",
-    "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "validation_steps", "logging_steps", "report_to", "logging_dir", "push_to_hub", "hub_model_id",
-    "gradient_checkpointing", "allow_tf32",
-}  # fmt: skip
+# --- the same run? ---------------------------------------------------------------------------------------------------
 
-
-def check_resume(checkpoint: Path, record: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
+def check_resume(checkpoint: Path, name: str, record: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
     """Compare a checkpoint with the run that wants to go on from it.
 
     Args:
         checkpoint: finished checkpoint folder.
+        name: of the run's model ("" for a single one).
         record: what `run.json` of the present run will hold.
         config: `MADMModel.config` of the present run.
         logger: told about changed settings that do no harm.
 
     Raises:
-        UserError: the checkpoint is of another task or model, or a setting changed that would make it another run;
-            lists each as `key: was -> now`.
+        UserError: the checkpoint is of another task, model or data, or a setting changed that would make it another
+            run; lists each as `key: was -> now`.
     """
+    records = read_marker(checkpoint)["records"]
+    if name not in records:
+        held, wanted = (", ".join(filter(None, names)) or "a single task" for names in (records, [name]))
+        raise UserError(f"{checkpoint} holds {held}, this run trains {wanted}; resume with the same --task flags")
     # Through JSON, because tuples and integer keys come back as lists and strings.
-    now, flags = (json.loads(json.dumps(values)) for values in (_model_settings(config), _run_settings(record)))
+    now = json.loads(json.dumps(identity(config, record)))
     try:
-        before = _model_settings(json.loads((checkpoint / "madm_config.json").read_text(encoding="utf-8")))
-        path = checkpoint.parent / "run.json"
-        recorded = _run_settings(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        config = json.loads((checkpoint / name / "madm_config.json").read_text(encoding="utf-8"))
+        before = identity(config, records[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint}: its settings cannot be read ({type(error).__name__}: {error})") from None
-    if not recorded:
-        logger.warning(f"no run.json beside {checkpoint}: only its task and model are compared with this run")
-    changed = {key: (recorded[key], flags[key]) for key in flags if key in recorded and recorded[key] != flags[key]}
-    changes = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
-    changes |= {key: values for key, values in changed.items() if key not in _FREE_SETTINGS}
-    if changes:
-        listed = "; ".join(f"{key}: {was} -> {is_now}" for key, (was, is_now) in changes.items())
+    # A setting that only one of them has came or went with a version of the suite.
+    changes = {key: f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
+    harmful = [text for key, text in changes.items() if not may_change(key)]
+    if harmful:
         raise UserError(
-            f"{checkpoint} belongs to a run with other settings ({listed}); resume with the same ones, or start a new "
-            "run in another --output_dir"
+            f"{checkpoint} belongs to a run with other settings ({'; '.join(harmful)}); resume with the same ones, or "
+            "start a new run in another --output_dir"
         )
-    for key, (was, is_now) in changed.items():
-        logger.info(f"resuming with another {key}: {was} -> {is_now}")
-
-
-def _model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of `madm_config.json` decides whether weights fit."""
-    task = config["task"]
-    fields = ("name", "class_names", "palette", "source_label_map", "target_label_map")
-    settings = {f"task {field}": task.get(field) for field in fields}
-    return settings | {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
-
-
-def _run_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run, with the precision and the number of processes that came from the launcher."""
-    return {**record["settings"], **{key: record[key] for key in ("mixed_precision", "num_processes")}}
+    for text in changes.values():
+        logger.info(f"resuming with another {text}")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
 
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import IGNORE_INDEX, lookup_table
-from madm_utils.prepared_data import Metadata, decode_image, open_split
+from madm_utils.prepared_data import Metadata, UndecodableImage, decode_image, open_split
 from madm_utils.sampling import RareClassSampler, evenly_spaced
 from madm_utils.tasks import TASKS, LabelMap, Task
 from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_label
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+_MAX_ATTEMPTS = 100
+"""Draws of one item before the data as a whole counts as unreadable."""
 PROTOCOLS = ("paper", "native")
+
+
+class CorruptDataError(UserError):
+    """Images that cannot be decoded; keeps its own message when a loader process hands it on inside a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class AdaptationDataset(Dataset):
@@ -30,10 +40,11 @@ class AdaptationDataset(Dataset):
 
     Item `k` is a function of (seed, k) and the prepared data alone, whatever the number of workers or processes.
     Draws per item (MADM, section Data): index, [class and image of rare-class sampling], flip, x, y of the source,
-    flip, x, y of the target. A rare-class crop that shows too little of its class is drawn again, flip included.
+    flip, x, y of the target. A rare-class crop that shows too little of its class is drawn again, flip included. When
+    an image or label cannot be decoded, the item is drawn anew, from a stream of (seed, k, attempt).
 
-    Items: `source_image` uint8 (3, R, R), `source_label` int64 (R, R) in task ids with 255 = ignore, and, with
-    `target`, `target_image` uint8 (3, R, R).
+    Items: `source_image` uint8 (3, R, R), `source_label` int64 (R, R) in task ids with 255 = ignore, with `target`
+    also `target_image` uint8 (3, R, R), and `corrupt`, one `dataset/split file (reason)` per image that was replaced.
 
     Args:
         data_dir: prepared data, as `prepare_datasets.py --output_dir` wrote it.
@@ -70,12 +81,17 @@ class AdaptationDataset(Dataset):
         if rare_class_sampling:
             counts = np.array(source["class_pixel_counts"][:], np.int64)
             self.sampler = RareClassSampler(counts, rare_class_temperature, rare_class_min_pixels)
-        self._source = source.select_columns(["image", "label"])
+        self._source = source.select_columns(["image", "label", "file_name"])
+        self.fingerprints = {f"{task.source}/train": metadata.fingerprint}
+        """Dataset and split -> digest of the files it was prepared from."""
         self._target = None
         if target:
             images, metadata = open_task_split(data_dir, task, task.target, "train", labelled=False)
             warn_if_enlarged(metadata, self.target_size)
-            self._target = images.select(evenly_spaced(len(images), max_train_samples)).select_columns(["image"])
+            self.fingerprints[f"{task.target}/train"] = metadata.fingerprint
+            images = images.select(evenly_spaced(len(images), max_train_samples))
+            self._target = images.select_columns(["image", "file_name"])
+        self._names = (f"{task.source}/train", f"{task.target}/train")
 
     @property
     def num_source(self) -> int:
@@ -90,10 +106,23 @@ class AdaptationDataset(Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, k: int) -> dict[str, Any]:
         if not 0 <= k < self.num_samples:
             raise IndexError(f"sample {k} of {self.num_samples}")
-        rng = random.Random(f"{self.seed}-{k}")
+        corrupt: list[str] = []
+        for attempt in range(_MAX_ATTEMPTS):
+            rng = random.Random(f"{self.seed}-{k}-{attempt}" if attempt else f"{self.seed}-{k}")
+            try:
+                return {**self._draw(rng), "corrupt": corrupt}
+            except UndecodableImage as error:
+                if str(error) not in corrupt:
+                    corrupt.append(str(error))
+        raise CorruptDataError(
+            f"{_MAX_ATTEMPTS} draws in a row met images that cannot be decoded; prepare the data again: "
+            f"{'; '.join(corrupt)}"
+        )
+
+    def _draw(self, rng: random.Random) -> dict[str, torch.Tensor]:
         pair = rng.randrange(self.num_source * max(1, self.num_target))
         image, label = self._source_crop(rng, pair % self.num_source)
         sample = {"source_image": _to_chw(image), "source_label": torch.from_numpy(label.astype(np.int64))}
@@ -106,9 +135,9 @@ class AdaptationDataset(Dataset):
         side, class_id = self.resolution, None
         if self.sampler is not None:
             class_id, index = self.sampler.draw(rng)
-        row = self._source[index]
-        image = np.asarray(resize_image(decode_image(row["image"]).convert("RGB"), self.source_size))
-        label = np.asarray(resize_label(decode_image(row["label"]), self.source_size))
+        image, label = _decode_row(self._source[index], self._names[0])
+        image = np.asarray(resize_image(image, self.source_size))
+        label = np.asarray(resize_label(label, self.source_size))
         crop = draw_crop(rng, self.source_size, side)
         if class_id is not None:
             for _ in range(self.sampler.max_crops):
@@ -118,9 +147,15 @@ class AdaptationDataset(Dataset):
         return apply_crop(image, crop, side), self._label_table[apply_crop(label, crop, side)]
 
     def _target_crop(self, rng: random.Random, index: int) -> np.ndarray:
-        image = decode_image(self._target[index]["image"]).convert("RGB")
+        image, _ = _decode_row(self._target[index], self._names[1])
         crop = draw_crop(rng, self.target_size, self.resolution)
         return apply_crop(np.asarray(resize_image(image, self.target_size)), crop, self.resolution)
+
+    @staticmethod
+    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batch of samples: tensors stacked, `corrupt` as one list."""
+        tensors = [{key: value for key, value in sample.items() if key != "corrupt"} for sample in samples]
+        return {**default_collate(tensors), "corrupt": [name for sample in samples for name in sample["corrupt"]]}
 
 
 class EvaluationDataset(Dataset):
@@ -130,7 +165,8 @@ class EvaluationDataset(Dataset):
     "paper" (MADM, section Data) and native size for "native"; `index`.
 
     Raises:
-        UserError: unknown protocol, unprepared or unlabelled split, or labels that do not fit the task.
+        UserError: unknown protocol, unprepared or unlabelled split, labels that do not fit the task, or, from an
+            item, an image or label that cannot be decoded.
     """
 
     def __init__(self, data_dir: str | Path, task: Task, split: str, resolution: int, protocol: str = "paper"):
@@ -139,16 +175,18 @@ class EvaluationDataset(Dataset):
         self.size, self.protocol = (resolution, resolution), protocol
         data, metadata = open_task_split(data_dir, task, task.target, split, labelled=True)
         self._label_table = label_table(metadata, task, task.target_label_map, "target_label_map")
-        self._file_names = data["file_name"][:]
-        self._data = data.select_columns(["image", "label"])
+        self._file_names, self._name = data["file_name"][:], f"{task.target}/{split}"
+        self._data = data.select_columns(["image", "label", "file_name"])
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._data[index]
-        image = resize_image(decode_image(row["image"]).convert("RGB"), self.size)
-        label = decode_image(row["label"])
+        try:
+            image, label = _decode_row(self._data[index], self._name)
+        except UndecodableImage as error:
+            raise CorruptDataError(f"cannot be decoded: {error}; prepare the data again") from None
+        image = resize_image(image, self.size)
         if self.protocol == "paper":
             label = resize_label(label, self.size)
         return {
@@ -223,6 +261,22 @@ def label_table(metadata: Metadata, task: Task, label_map: LabelMap | None, fiel
             f"map them to a class or to {IGNORE_INDEX} (ignore)"
         )
     return table
+
+
+def _decode_row(row: dict[str, Any], split: str) -> tuple[Image.Image, Image.Image | None]:
+    """RGB image and, where the row has one, label of a row of the split `dataset/split`.
+
+    Raises:
+        UndecodableImage: one of them is damaged, or they do not fit together; names split and file.
+    """
+    try:
+        image = decode_image(row["image"]).convert("RGB")
+        label = decode_image(row["label"]) if "label" in row else None
+        if label is not None and (label.size != image.size or label.mode != "L"):
+            raise UndecodableImage(f"label of {label.size} in mode {label.mode} for an image of {image.size}")
+    except UndecodableImage as error:
+        raise UndecodableImage(f"{split} {row['file_name']} ({error})") from None
+    return image, label
 
 
 def _to_chw(image: np.ndarray) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Files that are either complete or absent."""
+"""Files and folders that are either complete or absent."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,45 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `folder`, then give it its final name, replacing an older one.
+
+    Everything is on the disk before the name appears, so that not even a power failure leaves half a folder under it.
+    When something fails, the older folder stays and the temporary one is removed.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _flush(temporary)
+        if folder.exists():
+            folder.rename(earlier)
+        temporary.rename(folder)
+        _flush_entry(folder.parent)
+    finally:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold the files below `folder`, and the folders' lists of them."""
+    for path in sorted(folder.rglob("*")):
+        _flush_entry(path)
+    _flush_entry(folder)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(folder: Path) -> None:

@@ -3,11 +3,37 @@
 Shared by every system of the suite; nothing here knows about diffusion models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_in_backward(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """`module(*inputs)` that keeps no activations but its inputs; backward computes the others again, bit by bit.
+
+    The second forward pass leaves BatchNorm's running statistics alone, which the first has already updated.
+    """
+    return checkpoint(
+        module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_unchanged(module))
+    )
+
+
+@contextmanager
+def _buffers_unchanged(module: nn.Module) -> Iterator[None]:
+    """What is written into the buffers below `module` goes into copies, which are dropped at the end."""
+    # Copies, not absent statistics (`track_running_stats`): autograd saves them, and recomputing must save as much.
+    buffers = [(m, name, buffer) for m in module.modules() for name, buffer in m.named_buffers(recurse=False)]
+    for owner, name, buffer in buffers:
+        setattr(owner, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer)
 
 
 class ConvBNReLU(nn.Module):
@@ -39,10 +65,16 @@ class SeparableConvBNReLU(nn.Module):
 
 
 class SeparableASPP(nn.Module):
-    """Parallel 1x1 and dilated separable branches without image pooling, fused by a 3x3 convolution."""
+    """Parallel 1x1 and dilated separable branches without image pooling, fused by a 3x3 convolution.
+
+    A separable branch keeps 2 * (in_channels + channels) activations per pixel for backward. With gradient
+    checkpointing they live only while the branch's own gradients are computed.
+    """
 
     def __init__(self, in_channels: int, channels: int, dilations: Sequence[int] = (1, 6, 12, 18)):
         super().__init__()
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] = recompute_in_backward
         self.aspp_modules = nn.ModuleList(
             ConvBNReLU(in_channels, channels) if d == 1 else SeparableConvBNReLU(in_channels, channels, d)
             for d in dilations
@@ -50,7 +82,11 @@ class SeparableASPP(nn.Module):
         self.bottleneck = ConvBNReLU(len(dilations) * channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bottleneck(torch.cat([branch(x) for branch in self.aspp_modules], dim=1))
+        return self.bottleneck(torch.cat([self._run(branch, x) for branch in self.aspp_modules], dim=1))
+
+    def _run(self, branch: nn.Module, x: Tensor) -> Tensor:
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func(branch, x) if recompute else branch(x)
 
 
 class PixelLinear(nn.Module):
@@ -93,10 +129,14 @@ class DAFormerHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.conv_seg(self.dropout(self.fuse_layer(self._embed(features))))
+
+    def _embed(self, features: Sequence[Tensor]) -> Tensor:
+        """All levels embedded, at the size of the first, concatenated; the parts end with this function."""
         size = features[0].shape[-2:]
         embedded = []
         for embed, feature in zip(self.embed_layers, features, strict=True):
             # Embedding before resizing: the linear map commutes with bilinear interpolation and is cheaper there.
             x = embed(feature)
             embedded.append(x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear"))
-        return self.conv_seg(self.dropout(self.fuse_layer(torch.cat(embedded, dim=1))))
+        return torch.cat(embedded, dim=1)

@@ -8,9 +8,12 @@ never copied:
     teacher/                             the same of the mean teacher (absent in source-only runs)
     pytorch_lora_weights.safetensors     LoRA of the UNet in diffusers format (`unet_tuning` lora)
     unet/                                the whole UNet (`unet_tuning` full)
+
+A run over several modalities has one such folder per modality; `load_adapters` loads them on one shared base.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.segmenter import Segmenter
 from madm_utils.tasks import Task, task_from_dict
+
+# One UNet carries the adapters of several modalities on purpose.
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
 CONFIG_NAME = "madm_config.json"
 LORA_TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
@@ -58,6 +64,9 @@ class MADMModel(nn.Module):
         base: where the frozen parts came from.
         resolution: side of the training crops in pixels.
         unet_tuning: `lora` or `full`.
+
+    Models of several modalities may share an extractor's VAE and UNet: a forward pass first makes the LoRA adapter of
+    its own modality the active one. Gradients of one model must be computed before another one runs.
     """
 
     def __init__(
@@ -81,6 +90,11 @@ class MADMModel(nn.Module):
     def unet(self) -> nn.Module:
         return self.extractor.unet
 
+    def activate(self) -> None:
+        """Make this model's adapter the active one of a UNet that several models share."""
+        if len(getattr(self.unet, "peft_config", ())) > 1 and self.unet.active_adapters() != [self.task.modality]:
+            self.unet.set_adapter(self.task.modality)
+
     def forward(self, images: Tensor, timestep: int = 0, segmenter: Segmenter | None = None) -> MADMOutput:
         """Segment images (B, 3, H, W) in [0, 1], height and width multiples of 64.
 
@@ -90,6 +104,7 @@ class MADMModel(nn.Module):
             segmenter: the teacher's, to run the teacher (which shares this UNet); default the student's.
         """
         segmenter = segmenter or self.segmenter
+        self.activate()
         latents = self.extractor.encode(images * 2 - 1)
         noisy = self.extractor.add_noise(latents, timestep)
         features, label_latent = self.extractor.denoise(noisy, timestep, *segmenter.condition())
@@ -108,6 +123,8 @@ class MADMModel(nn.Module):
         train_unet_output_layers: bool = False,
         noise_in_latent_dtype: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
+        quantize_base: str = "none",
+        shared: "MADMModel | None" = None,
         **widths: int,
     ) -> "MADMModel":
         """A new model on a Stable Diffusion base; trainable parameters are float32 and have `requires_grad`.
@@ -122,11 +139,16 @@ class MADMModel(nn.Module):
                 code freezes by accident.
             noise_in_latent_dtype: see `DiffusionFeatureExtractor`.
             frozen_dtype: of the VAE, and of the UNet under LoRA.
+            quantize_base: storage of the frozen UNet under LoRA: `none`, `int8` or `nf4`.
+            shared: a LoRA model of another modality on the same base, whose VAE and UNet are used.
             widths: `projection_channels` (the decoded image's projection takes a quarter), `bottleneck_channels`,
                 `head_channels`; the published ones by default.
         """
-        vae = base_model.load_vae(base, frozen_dtype)
-        unet = base_model.load_unet(base, frozen_dtype if unet_tuning == "lora" else torch.float32)
+        if shared is not None:
+            vae, unet = shared.extractor.vae, shared.unet
+        else:
+            vae = base_model.load_vae(base, frozen_dtype)
+            unet = base_model.load_unet(base, frozen_dtype if unet_tuning == "lora" else torch.float32, quantize_base)
         extractor = DiffusionFeatureExtractor(
             vae, unet, base_model.load_scheduler(base), resolution // base_model.vae_scale(vae), noise_in_latent_dtype
         )
@@ -155,6 +177,7 @@ class MADMModel(nn.Module):
                 ),
                 adapter_name=task.modality,
             )
+            unet.set_adapter(task.modality)
         model.set_trainable(train_unet_output_layers)
         return model
 
@@ -166,7 +189,7 @@ class MADMModel(nn.Module):
             elif not name.startswith("extractor.unet."):
                 trainable = False
             elif self.unet_tuning == "lora":
-                trainable = "lora_" in name
+                trainable = "lora_" in name and f".{self.task.modality}." in name
             else:
                 trainable = train_unet_output_layers or name.split(".")[2] not in UNET_OUTPUT_LAYERS
             parameter.requires_grad_(trainable)
@@ -216,6 +239,7 @@ class MADMModel(nn.Module):
         dtype: torch.dtype | None = None,
         base: str | None = None,
         revision: str | None = None,
+        shared: "MADMModel | None" = None,
     ) -> "MADMModel":
         """Load a saved model in evaluation mode.
 
@@ -225,6 +249,7 @@ class MADMModel(nn.Module):
             dtype: of all weights; float32 by default.
             base: Stable Diffusion folder or Hub id in place of the stored reference, e.g. on another machine.
             revision: of the Hub repository.
+            shared: a loaded LoRA model of another modality whose VAE and UNet are used when its base is the same.
 
         Raises:
             UserError: not a MADM folder, missing base, or tensors that are missing, unexpected or of another shape.
@@ -244,9 +269,12 @@ class MADMModel(nn.Module):
             reference = BaseModelReference(base)
         if weights == "teacher" and not (folder / "teacher").is_dir():
             raise UserError(f"{folder} holds no teacher (a source-only run has none); use --weights student")
-        vae = base_model.load_vae(reference)
+        if shared is not None and tuning == "lora" and shared.base == reference:
+            vae, unet = shared.extractor.vae, shared.unet
+        else:
+            vae = base_model.load_vae(reference)
+            unet = base_model.load_unet(reference) if tuning == "lora" else None
         if tuning == "lora":
-            unet = base_model.load_unet(reference)
             base_model.load_lora(unet, folder, task.modality)
         else:
             unet = base_model.load_strict(UNet2DConditionModel, folder, "unet")
@@ -256,6 +284,15 @@ class MADMModel(nn.Module):
         extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, rounding)
         model = cls(extractor, segmenter, task, reference, resolution, tuning)
         return model.to(dtype or torch.float32).requires_grad_(False).eval()
+
+
+def adapter_folders(folder: str | Path, revision: str | None = None) -> dict[str, Path]:
+    """Modality -> model folder of what a run left: one folder, or one sub-folder per modality; a Hub id as well."""
+    folder = base_model.local_folder(folder, revision)
+    if (folder / CONFIG_NAME).is_file():
+        return {"": folder}
+    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"[!.]*/{CONFIG_NAME}"))}
+    return {name: path for name, path in found.items() if not name.startswith("checkpoint-")}
 
 
 def segmenter_config(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from madm_utils.args import check_precision
 from madm_utils.cli import UserError
-from madm_utils.modeling_madm import MADMModel
+from madm_utils.modeling_madm import MADMModel, adapter_folders
 from madm_utils.transforms import resize_image
 
 if TYPE_CHECKING:
@@ -43,10 +43,31 @@ class MADMPipeline:
     pipe = MADMPipeline.from_pretrained("outputs/depth").to("cuda")
     label_map = pipe("street.png").label_maps[0]  # uint8, height x width of street.png
     ```
+
+    The folder of a run over several modalities is loaded as one base with an adapter per modality:
+    `pipe.set_adapters("infrared")` changes to another one.
     """
 
-    def __init__(self, model: MADMModel):
-        self.model = model.eval()
+    def __init__(self, models: MADMModel | Mapping[str, MADMModel]):
+        if isinstance(models, MADMModel):
+            models = {models.task.modality: models}
+        self.models = {name: model.eval() for name, model in models.items()}
+        self.model = next(iter(self.models.values()))
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The modalities that this pipeline can segment."""
+        return tuple(self.models)
+
+    def set_adapters(self, name: str) -> None:
+        """Segment images of the modality `name` from now on.
+
+        Raises:
+            UserError: no such adapter.
+        """
+        if name not in self.models:
+            raise UserError(f"no adapter '{name}'; this pipeline has {', '.join(self.models)}")
+        self.model = self.models[name]
 
     @classmethod
     def from_pretrained(
@@ -69,12 +90,18 @@ class MADMPipeline:
         Raises:
             UserError: nothing there, or not a model of this suite.
         """
-        pipe = cls(MADMModel.from_pretrained(path_or_id, weights=weights, dtype=dtype, base=base))
+        models: dict[str, MADMModel] = {}
+        for folder in adapter_folders(path_or_id).values() or (path_or_id,):
+            shared = next(iter(models.values()), None)
+            model = MADMModel.from_pretrained(folder, weights=weights, dtype=dtype, base=base, shared=shared)
+            models[model.task.modality] = model
+        pipe = cls(models)
         return pipe if device is None else pipe.to(device)
 
     def to(self, device: str | torch.device) -> MADMPipeline:
-        """Move the model; returns the pipeline itself."""
-        self.model.to(device)
+        """Move the models; returns the pipeline itself."""
+        for model in self.models.values():
+            model.to(device)
         return self
 
     @property

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import check_label_ids, class_pixel_counts
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import datasets
 
 METADATA_FILE = "metadata.json"
+
+
+class UndecodableImage(ValueError):
+    """An image or label whose bytes are damaged; the message is a short reason, equal in every process."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,21 @@ def open_split(folder: Path) -> tuple["datasets.Dataset", Metadata]:
     return data, metadata
 
 
-def decode_image(value: dict) -> Image.Image:
-    """Decode an `image` or `label` cell, as `open_split` gives it, without conversion."""
-    image = Image.open(io.BytesIO(value["bytes"]))
-    image.load()
+def decode_image(value: dict | None) -> Image.Image:
+    """Decode an `image` or `label` cell, as `open_split` gives it, without conversion.
+
+    Raises:
+        UndecodableImage: the bytes are absent or damaged.
+    """
+    if value is None or value["bytes"] is None:
+        raise UndecodableImage("no bytes")
+    try:
+        image = Image.open(io.BytesIO(value["bytes"]))
+        image.load()
+    except UnidentifiedImageError:  # its own message holds an address
+        raise UndecodableImage("not an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UndecodableImage(" ".join(str(error).split())) from None
     return image
 
 
@@ -131,7 +146,7 @@ def _verify_row(row: dict, metadata: Metadata, where: str) -> np.ndarray | int:
     try:
         image = decode_image(row["image"])
         label = decode_image(row["label"]) if metadata.labelled else None
-    except (OSError, SyntaxError, TypeError) as error:
+    except UndecodableImage as error:
         raise UserError(f"{where}: image or label does not decode ({error}); prepare it again") from None
     size = image.size[::-1]
     if metadata.image_size not in (None, size):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from madm_utils.distributed import LOCAL_BATCH, BatchScope
 from madm_utils.label_spaces import IGNORE_INDEX
 
 
@@ -19,14 +20,17 @@ def dplg_timestep(step: int, timestep_range: Sequence[int], end_step: int, rng: 
     return int(timestep * (1 - step / end_step)) if step <= end_step and end_step > 0 else 0
 
 
-def pseudo_label(logits: Tensor, threshold: float, scope: str = "batch") -> tuple[Tensor, Tensor, Tensor]:
+def pseudo_label(
+    logits: Tensor, threshold: float, scope: str = "batch", across: BatchScope = LOCAL_BATCH
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hard pseudo labels with DAFormer's confidence weight.
 
     Args:
         logits: (B, K, H, W) of the teacher.
         threshold: a pixel is confident when its largest probability is at least this.
-        scope: `batch`: one weight, the confident fraction of the whole local batch (published); `image`: one weight
-            per image; `pixel`: weight 1 where confident, else 0.
+        scope: `batch`: one weight, the confident fraction of the whole batch (published); `image`: one weight per
+            image; `pixel`: weight 1 where confident, else 0.
+        across: processes of the batch.
 
     Returns:
         labels (B, H, W) int64, weights (B, H, W) float32, largest probabilities (B, H, W) float32.
@@ -34,10 +38,26 @@ def pseudo_label(logits: Tensor, threshold: float, scope: str = "batch") -> tupl
     probability, label = logits.float().softmax(dim=1).max(dim=1)
     confident = (probability >= threshold).float()
     if scope == "batch":
-        confident = confident.mean().expand_as(confident)
+        confident = across.mean(confident.mean()).expand_as(confident)
     elif scope == "image":
         confident = confident.mean(dim=(1, 2), keepdim=True).expand_as(confident)
     return label, confident, probability
+
+
+def confident_fraction(label: Tensor, probability: Tensor, threshold: float, num_classes: int) -> Tensor:
+    """Fraction of confident pixels per predicted class, computed without waiting for the device.
+
+    Args:
+        label, probability: (B, H, W), as `pseudo_label` returns them.
+        threshold: a pixel is confident when its probability is at least this.
+        num_classes: K.
+
+    Returns:
+        (K,) float32 in [0, 1]; NaN where no pixel is predicted as the class.
+    """
+    predicted = label == torch.arange(num_classes, device=label.device)[:, None, None, None]
+    confident = predicted & (probability >= threshold)
+    return confident.sum(dim=(1, 2, 3)) / predicted.sum(dim=(1, 2, 3))
 
 
 def palette_table(palette: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 The mean teacher is a copy of this module; it shares the student's UNet (MADM, section 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from madm_utils.heads import DAFormerHead
+from madm_utils.heads import DAFormerHead, recompute_in_backward
 
 
 class LearnedConditioning(nn.Module):
@@ -80,6 +80,8 @@ class Segmenter(ModelMixin, ConfigMixin):
         dropout: `Dropout2d` probability of the head.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -102,6 +104,14 @@ class Segmenter(ModelMixin, ConfigMixin):
             for c_in, c_out in zip(feature_channels, projection_channels, strict=True)
         )
         self.head = DAFormerHead(projection_channels, num_classes, head_channels, embed_channels, dropout)
+        self.gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Tensor] | None = None) -> None:
+        """Recompute projections and the head's branches in backward instead of keeping their activations.
+
+        The default is not that of diffusers: BatchNorm must not count a batch twice.
+        """
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or recompute_in_backward)
 
     def condition(self) -> tuple[Tensor, Tensor]:
         """Prompt (1, tokens, D) and time (1, 1, T) conditioning of the UNet."""
@@ -109,4 +119,10 @@ class Segmenter(ModelMixin, ConfigMixin):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """[decoded image, finest, middle, coarsest UNet feature] -> logits (B, K, H, W) at the image's size."""
-        return self.head([project(x) for project, x in zip(self.projections, features, strict=True)])
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self.head(
+            [
+                self._gradient_checkpointing_func(project, x) if recompute else project(x)
+                for project, x in zip(self.projections, features, strict=True)
+            ]
+        )

@@ -2,9 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from madm_utils.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Palette = Sequence[Sequence[int]]
 
@@ -31,32 +37,29 @@ def picture_grid(
     row_captions: Sequence[str] = (),
     legend: Mapping[str, Sequence[int]] | None = None,
     cell_width: int | None = None,
+    cell_captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """Arrange pictures in a grid on white paper.
 
     Args:
-        rows: pictures per row, uint8 (H, W, 3) or (H, W); all of the size of the first after scaling to its width.
+        rows: pictures per row, uint8 (H, W, 3) or (H, W), all scaled to one width; a shorter row ends in paper.
         captions: one text above each column.
         row_captions: one text above each row.
         legend: class name -> RGB, drawn below the grid in as many lines as it needs.
         cell_width: width of every picture in pixels; default: that of the first picture, at least 128. Pictures
             keep their aspect ratio and are scaled without inventing colours (nearest).
+        cell_captions: one text above each picture, in the form of `rows`.
 
     Raises:
-        ValueError: no pictures, rows of different lengths, or a wrong number of captions.
+        ValueError: no pictures, or a wrong number of captions.
     """
-    columns = len(rows[0]) if rows else 0
-    if not columns or any(len(row) != columns for row in rows):
-        raise ValueError(f"a grid needs rows of one length, got {[len(row) for row in rows]} pictures")
-    if captions and len(captions) != columns or row_captions and len(row_captions) != len(rows):
-        raise ValueError(
-            f"got {len(captions)} captions for {columns} columns and {len(row_captions)} for {len(rows)} rows"
-        )
-    width = cell_width or max(128, rows[0][0].shape[1])
+    columns = _check_grid(rows, captions, row_captions, cell_captions)
+    width = cell_width or max(128, next(row[0] for row in rows if len(row)).shape[1])
     cells = [[_scaled(picture, width) for picture in row] for row in rows]
     font = ImageFont.load_default(size=max(11, min(24, width // 12)))
     line = round(1.5 * font.size)
-    heights = [max(cell.height for cell in row) + (line if row_captions else 0) for row in cells]
+    text_height = (bool(row_captions) + bool(cell_captions)) * line
+    heights = [max((cell.height for cell in row), default=0) + text_height for row in cells]
     grid_width = columns * width + (columns + 1) * _MARGIN
     top = _MARGIN + (line if captions else 0)
     items = _legend_lines(legend or {}, font, grid_width)
@@ -64,18 +67,111 @@ def picture_grid(
     canvas = Image.new("RGB", (grid_width, total), _PAPER)
     draw = ImageDraw.Draw(canvas)
     lefts = [_MARGIN + k * (width + _MARGIN) for k in range(columns)]
-    for left, caption in zip(lefts, captions, strict=False):
-        draw.text((left + width / 2, top - line / 2), _fitted(caption, font, width), _INK, font, anchor="mm")
+
+    def write_above(texts: Sequence[str], y: int) -> None:
+        for left, text in zip(lefts, texts, strict=False):
+            draw.text((left + width / 2, y - line / 2), _fitted(text, font, width), _INK, font, anchor="mm")
+
+    write_above(captions, top)
     for k, row in enumerate(cells):
         y = top + sum(heights[:k]) + k * _MARGIN
         if row_captions:
             text = _fitted(row_captions[k], font, grid_width - 2 * _MARGIN)
             draw.text((_MARGIN, y + line / 2), text, _INK, font, anchor="lm")
             y += line
-        for left, cell in zip(lefts, row, strict=True):
+        if cell_captions:
+            y += line
+            write_above(cell_captions[k], y)
+        for left, cell in zip(lefts, row, strict=False):
             canvas.paste(cell, (left, y))
     _draw_legend(draw, items, font, total - len(items) * line, line)
     return canvas
+
+
+def _check_grid(
+    rows: Sequence[Sequence], captions: Sequence, row_captions: Sequence, cell_captions: Sequence[Sequence]
+) -> int:
+    """Number of columns; raises `ValueError` where the arguments of `picture_grid` do not go together."""
+    sizes = [len(row) for row in rows]
+    columns = max(sizes, default=0)
+    if not columns:
+        raise ValueError("a grid needs at least one picture")
+    if captions and len(captions) != columns or row_captions and len(row_captions) != len(rows):
+        raise ValueError(
+            f"got {len(captions)} captions for {columns} columns and {len(row_captions)} for {len(rows)} rows"
+        )
+    if cell_captions and [len(row) for row in cell_captions] != sizes:
+        raise ValueError(f"got captions for {[len(row) for row in cell_captions]} pictures per row of {sizes}")
+    return columns
+
+
+# Rows of `training_grid`: key in the pictures of a training pass -> caption.
+_SOURCE_ROW = {
+    "source": "source image",
+    "source_logits": "prediction",
+    "source_label": "label",
+    "source_decoded": "decoded label latent",
+    "source_palette": "regression target",
+}
+_TARGET_ROW = {
+    "target": "target image",
+    "pseudo_label": "teacher label",
+    "mixed": "mixed image",
+    "mixed_logits": "prediction",
+    "mixed_label": "mixed label",
+    "decoded": "decoded label latent",
+    "mixed_palette": "regression target",
+}
+
+
+def training_grid(pictures: Mapping[str, "Tensor | int"], task: Task, cell_width: int = 256) -> Image.Image:
+    """Show what went into the first pair of a training batch and what came out, MADM's parts at work.
+
+    First row: source image, prediction, label. Second row: target image, the teacher's label of it (DPLG), and the
+    mixed image with prediction and label. Both end with the label latent, decoded, and the palette image whose latent
+    it regresses to (LPLR). What is absent is left out.
+
+    Args:
+        pictures: tensors of a batch; images `source`, `target`, `mixed` (B, 3, H, W) in [0, 1]; in [-1, 1] the decoded
+            label latents `source_decoded`, `decoded` and palette images `source_palette`, `mixed_palette`; class ids
+            `source_label`, `pseudo_label`, `mixed_label` (B, H, W); logits `source_logits`, `mixed_logits`
+            (B, K, H, W). `teacher_timestep`, an int, and the mean of `pseudo_label_weight` (B, H, W) are written
+            beside them. Other keys are not shown.
+        task: gives the colours.
+        cell_width: of one picture in pixels.
+    """
+    titles = (f"source: {task.source}", f"target: {task.target}{_teacher_caption(pictures)}")
+    rows, captions, row_captions = [], [], []
+    for row, title in zip((_SOURCE_ROW, _TARGET_ROW), titles, strict=True):
+        there = [key for key in row if key in pictures]
+        if there:
+            rows.append([_shown(key, pictures[key][0], task.palette) for key in there])
+            captions.append([row[key] for key in there])
+            row_captions.append(title)
+    legend = dict(zip(task.class_names, task.palette, strict=True)) | {"not labelled": (0, 0, 0)}
+    return picture_grid(rows, (), row_captions, legend, cell_width, captions)
+
+
+def _teacher_caption(pictures: Mapping[str, "Tensor | int"]) -> str:
+    """How noisy the teacher's input was and how much its label of the first image counts."""
+    text = ""
+    if "teacher_timestep" in pictures:
+        text += f"; teacher at diffusion step {pictures['teacher_timestep']}"
+    if "pseudo_label_weight" in pictures:
+        text += f"; pseudo-label weight {float(pictures['pseudo_label_weight'][0].mean()):.3f}"
+    return text
+
+
+def _shown(key: str, value: "Tensor", palette: Palette) -> np.ndarray:
+    """One entry of the pictures of a training pass as uint8 (H, W, 3)."""
+    if key.endswith("_logits"):
+        value = value.argmax(0)
+    if value.ndim == 2:
+        return colorize(value.cpu().numpy().astype(np.uint8), palette)
+    value = value.float()
+    if "decoded" in key or "palette" in key:
+        value = value / 2 + 0.5
+    return (value.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def _scaled(picture: np.ndarray, width: int) -> Image.Image:

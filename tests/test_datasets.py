@@ -1,10 +1,15 @@
 """The training and evaluation datasets: goldens through the whole chain, reproducible draws, refused inputs."""
 
+import io
+import json
 import pickle
 import random
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +21,7 @@ import prepare_datasets
 from madm_utils.cli import UserError
 from madm_utils.datasets import AdaptationDataset, EvaluationDataset
 from madm_utils.label_spaces import lookup_table
+from madm_utils.prepared_data import open_split
 from madm_utils.tasks import TASKS
 from madm_utils.transforms import apply_crop, draw_crop
 
@@ -94,9 +100,11 @@ def adaptation(data, num_samples=40, seed=5, resolution=64, min_pixels=4, **opti
 def test_samples_depend_on_seed_and_index_only(data):
     dataset = adaptation(data)
     backwards = [dataset[k] for k in reversed(range(8))][::-1]
-    loaded = list(DataLoader(pickle.loads(pickle.dumps(dataset)), batch_size=2, num_workers=2))
+    again = pickle.loads(pickle.dumps(dataset))
+    loaded = list(DataLoader(again, batch_size=2, num_workers=2, collate_fn=dataset.collate))
     longer = adaptation(data, num_samples=1000)
     for k in range(8):
+        assert backwards[k].pop("corrupt") == []
         for key, value in backwards[k].items():
             assert torch.equal(value, loaded[k // 2][key][k % 2]) and torch.equal(value, longer[k][key])
     assert not torch.equal(adaptation(data, seed=6)[0]["source_image"], backwards[0]["source_image"])
@@ -109,23 +117,138 @@ def test_loading_is_cheap_to_start(data):
     assert len(pickle.dumps(adaptation(data))) < 50_000  # workers get paths, not pixels
 
 
-def test_source_crop_matches_an_independent_reference(data):
-    """Without rare classes: index pair, then flip, x, y of the source, then of the target."""
-    dataset = adaptation(data, rare_class_sampling=False, resolution=512)
+def reference_pair(data, rng):
+    """Without rare classes: index pair, then flip, x, y of the source, then of the target; and the source's number."""
     tree = data.parent / "raw"
     sources = sorted((tree / "Cityscapes/leftImg8bit/train").rglob("*.png"))
     targets = sorted((tree / "DELIVER/depth").glob("*/train/*/*.png"))
+    pair = rng.randrange(len(sources) * len(targets))
+    crops = []
+    for path, width, height in ((sources[pair % 3], 1024, 512), (targets[pair % 2], 712, 712)):
+        image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        flip, left, top = rng.random() < 0.5, rng.randint(0, width - 512), rng.randint(0, height - 512)
+        image = image.crop((left, top, left + 512, top + 512))
+        crops.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+    return [np.asarray(crop) for crop in crops], pair % 3
+
+
+def assert_equal_pair(sample, crops):
+    for key, crop in zip(("source_image", "target_image"), crops, strict=True):
+        np.testing.assert_array_equal(sample[key].permute(1, 2, 0), crop)
+
+
+def test_source_crop_matches_an_independent_reference(data):
+    dataset = adaptation(data, rare_class_sampling=False, resolution=512)
     for k in range(4):
-        rng = random.Random(f"5-{k}")
-        pair = rng.randrange(3 * 2)
-        crops = []
-        for path, width, height in ((sources[pair % 3], 1024, 512), (targets[pair % 2], 712, 712)):
-            image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-            flip, left, top = rng.random() < 0.5, rng.randint(0, width - 512), rng.randint(0, height - 512)
-            image = image.crop((left, top, left + 512, top + 512))
-            crops.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
-        for key, crop in zip(("source_image", "target_image"), crops, strict=True):
-            np.testing.assert_array_equal(dataset[k][key].permute(1, 2, 0), np.asarray(crop))
+        assert_equal_pair(dataset[k], reference_pair(data, random.Random(f"5-{k}"))[0])
+
+
+def damage(data, folder, change, split="cityscapes/train"):
+    """A copy of prepared data with `change(index, row)` applied to the undecoded rows of one split."""
+    shutil.copytree(data, folder)
+    rows, metadata = open_split(folder / split)
+    rows = rows.map(lambda row, index: change(index, row), with_indices=True, keep_in_memory=True)
+    shutil.rmtree(folder / split)
+    for column in {"image", "label"} & set(rows.column_names):
+        rows = rows.cast_column(column, datasets.Image())
+    rows.save_to_disk(str(folder / split))
+    metadata.save(folder / split)
+    return folder
+
+
+def png(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def first_image(cell):
+    """Gives the first row's image another content."""
+    return lambda index, row: {"image": cell(row)} if index == 0 else {}
+
+
+DAMAGES = {
+    "truncated": (lambda row: {"bytes": row["image"]["bytes"][:-40], "path": None}, "truncated|broken"),
+    "zeros": (lambda row: {"bytes": bytes(100), "path": None}, "not an image"),
+    "absent": (lambda row: None, "no bytes"),
+    "other size": (
+        lambda row: {"bytes": png(np.zeros((7, 9, 3), np.uint8)), "path": None},
+        r"for an image of \(9, 7\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_corrupt_image_is_replaced_by_a_fixed_draw(kind, data, tmp_path):
+    """The item comes from the stream of the second attempt, in every process; items without the image stay."""
+    cell, reason = DAMAGES[kind]
+    folder = damage(data, tmp_path / "data", first_image(cell))
+    dataset = adaptation(folder, rare_class_sampling=False, resolution=512, num_samples=12)
+    name = open_split(folder / "cityscapes/train")[0][0]["file_name"]
+    loader = DataLoader(pickle.loads(pickle.dumps(dataset)), batch_size=4, num_workers=1, collate_fn=dataset.collate)
+    batches, met = list(loader), 0
+    for k in range(12):
+        attempt = 0
+        crops, index = reference_pair(data, random.Random(f"5-{k}"))
+        while index == 0:
+            attempt += 1
+            crops, index = reference_pair(data, random.Random(f"5-{k}-{attempt}"))
+        assert_equal_pair(dataset[k], crops)
+        assert torch.equal(batches[k // 4]["source_image"][k % 4], dataset[k]["source_image"])
+        corrupt = dataset[k]["corrupt"]
+        assert len(corrupt) == (attempt > 0)
+        if corrupt:
+            assert re.fullmatch(rf"cityscapes/train {re.escape(name)} \(.*({reason}).*\)", corrupt[0])
+            assert corrupt[0] in batches[k // 4]["corrupt"]
+            met += 1
+    assert met >= 2 and sum(len(batch["corrupt"]) for batch in batches) == met
+
+
+def test_corrupt_labels_and_targets_are_replaced_too(data, tmp_path):
+    def bad_label(index, row):
+        return {"label": {"bytes": b"no png", "path": None}} if index == 1 else {}
+
+    folder = damage(data, tmp_path / "a", bad_label)
+    folder = damage(folder, tmp_path / "b", first_image(DAMAGES["zeros"][0]), "deliver/train")
+    # Through rare-class sampling as well.
+    dataset = adaptation(folder, num_samples=30)
+    found = {name for k in range(30) for name in dataset[k]["corrupt"]}
+    assert len(found) == 2
+    assert {name.split(" ")[0] for name in found} == {"cityscapes/train", "deliver/train"}
+
+
+def test_nothing_but_corrupt_images(data, tmp_path):
+    """One message without a traceback, also from a loader process."""
+    folder = damage(data, tmp_path / "data", lambda index, row: {"image": {"bytes": bytes(9), "path": None}})
+    dataset = adaptation(folder)
+    start = "^100 draws in a row met images that cannot be decoded; prepare the data again: cityscapes/train "
+    with pytest.raises(UserError, match=start) as stop:
+        next(iter(DataLoader(dataset, num_workers=1, collate_fn=dataset.collate)))
+    assert str(stop.value).count("(not an image)") == 3 and "Traceback" not in str(stop.value)
+
+
+def test_a_defect_is_not_taken_for_a_corrupt_image(data):
+    dataset = adaptation(data)
+    dataset._source = dataset._source.remove_columns("label")
+    with pytest.raises(AttributeError):
+        dataset[0]
+
+
+def test_a_corrupt_evaluation_image_is_an_error(data, tmp_path):
+    folder = damage(data, tmp_path / "data", first_image(DAMAGES["zeros"][0]), "deliver/test")
+    dataset = EvaluationDataset(folder, DEPTH, "test", 64)
+    assert dataset[1]["index"] == 1
+    with pytest.raises(UserError, match=r"^cannot be decoded: deliver/test depth/.*png \(not an image\); prepare"):
+        next(iter(DataLoader(dataset, num_workers=1, collate_fn=dataset.collate)))
+
+
+def test_fingerprints_are_those_of_the_prepared_data(data):
+    expected = {
+        split: json.loads((data / split / "metadata.json").read_text())["fingerprint"]
+        for split in ("cityscapes/train", "deliver/train")
+    }
+    assert adaptation(data).fingerprints == expected
+    assert set(adaptation(data, target=False).fingerprints) == {"cityscapes/train"}
 
 
 def test_rare_class_crops_are_drawn_again_until_they_show_enough(tmp_path):

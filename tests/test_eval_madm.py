@@ -3,23 +3,30 @@
 import csv
 import dataclasses
 import json
+import logging
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import RESOLUTION, write_data, write_model
 
 import eval_madm
 from madm_utils import MADMModel
+from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
+from madm_utils.evaluation import check_validation_split, validate
 from madm_utils.tasks import TASKS
 
 SCRIPT = Path(eval_madm.__file__)
@@ -159,6 +166,106 @@ def test_two_processes_write_what_one_writes(model, data, tmp_path):
     assert pictures[0] == pictures[1] and len(pictures[0]) == 5
 
 
+# --- while training --------------------------------------------------------------------------------------------------
+
+
+def training_run(model: Path, data: Path) -> SimpleNamespace:
+    """A run as `train_madm.py` has it, somewhere in the middle of a training."""
+    student = MADMModel.from_pretrained(model).train()
+    student.extractor.vae.eval()
+    student.segmenter.head.dropout.eval()
+    args = SimpleNamespace(data_dir=data, resolution=RESOLUTION, dataloader_num_workers=0)
+    return SimpleNamespace(name="", task=TASK, model=student, args=args, step=7)
+
+
+def everything(run: SimpleNamespace) -> dict:
+    """Whatever of a training a validation could disturb."""
+    state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    modes = [module.training for module in run.model.modules()]
+    numpy_state = np.random.get_state()[1].tobytes()
+    return {"weights": state, "modes": modes, "torch": torch.get_rng_state().tolist(), "numpy": numpy_state,
+            "python": random.getstate(), "gradients": [p.grad is None for p in run.model.parameters()],
+            "requires_grad": [p.requires_grad for p in run.model.parameters()]}  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_is_the_evaluation_and_leaves_the_training_alone(model, data, tmp_path, workers):
+    run, accelerator = training_run(model, data), Accelerator(cpu=True)
+    run.args.dataloader_num_workers = workers
+    before = everything(run)
+    scores = validate(run, "test", accelerator)
+    after = everything(run)
+    weights, expected = after.pop("weights"), before.pop("weights")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected) and after == before
+    assert True in before["modes"] and False in before["modes"]
+    metrics = evaluate(model, data, tmp_path)
+    assert scores == {"split": "test", **{key: metrics[key] for key in list(scores) if key != "split"}}
+    assert {"num_images", "miou", "per_class"} <= set(scores)
+
+
+def test_validation_gives_up_when_asked(model, data):
+    run, calls = training_run(model, data), []
+    assert validate(run, "test", Accelerator(cpu=True), stop=lambda: len(calls) == 2 or calls.append(0)) is None
+    assert len(calls) == 2 and run.model.training
+
+
+def test_validation_that_fails_does_not_end_the_training(model, data, caplog):
+    run = training_run(model, data)
+    run.model.segmenter.head.conv_seg.bias.data.fill_(float("nan"))
+    assert validate(run, "test", Accelerator(cpu=True)) is None
+    assert "no score on test at step 7: the model's output is not finite" in caplog.text and run.model.training
+
+    caplog.clear()
+    run = training_run(model, data)
+    run.task = dataclasses.replace(TASK, target_label_map=dict.fromkeys(range(11), 255))
+    assert validate(run, "test", Accelerator(cpu=True)) is None
+    assert "no score on test at step 7: its labels hold no class of the task" in caplog.text
+
+
+def test_validating_on_target_labels_is_checked_and_warned_about(model, data, caplog):
+    Accelerator(cpu=True)
+    caplog.set_level(logging.WARNING)
+    check_validation_split(training_run(model, data), "test")
+    assert "scores on 5 labelled images of synthetic_depth" in caplog.text
+    assert "breaks the unsupervised protocol" in caplog.text
+    with pytest.raises(UserError, match="images without labels"):
+        check_validation_split(training_run(model, data), "train")
+
+
+# --- the model card --------------------------------------------------------------------------------------------------
+
+
+def test_scores_go_into_the_model_card(model, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(model, folder)
+    flags = ["--task", TASK.name, "--data_dir", str(data), "--output_dir", str(folder)]
+    settings = vars(parse_train_args(train_parser(""), [*flags, "--pretrained_model_name_or_path", "base"])[0][0])
+    record = {
+        "settings": settings,
+        "task": TASK.to_dict(),
+        "mixed_precision": "no",
+        "num_processes": 1,
+        "versions": {},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    metrics = evaluate(folder, data, folder / "evaluation", "--update_model_card")
+    card = ModelCard.load(folder / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["mean_iou"] == pytest.approx(metrics["miou"])
+    assert f"{metrics['miou']:.2f}" in card.text
+
+
+def test_model_card_of_something_else(model, data, tmp_path):
+    with pytest.raises(UserError, match="--update_model_card needs the local --output_dir of a finished training"):
+        eval_madm.main(arguments(model, data, tmp_path / "out", "--update_model_card"))
+    with pytest.raises(UserError, match="--update_model_card needs .* got --model_path some/model"):
+        eval_madm.main(arguments("some/model", data, tmp_path / "out", "--update_model_card"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -208,6 +315,7 @@ def test_output_dir_that_cannot_be_written(model, data):
         (("--batch_size", 0), "--batch_size: expected a positive number, got 0"),
         (("--num_pictures", -1), "--num_pictures: expected a non-negative number, got -1"),
         (("--task", "a", "--task_config", "b"), "--task or --task_config, not both"),
+        (("--update_model_card", "--max_samples", 2), "--update_model_card needs the whole split"),
     ],
 )
 def test_impossible_flags_are_named(tmp_path, capsys, more, message):

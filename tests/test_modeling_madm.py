@@ -241,7 +241,7 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list |
     """Scalars and gradients of one `adaptation_pass` on random images; `events` gets its forwards and backwards."""
     torch.manual_seed(0)
     required = ["--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
-    args, _ = parse_train_args(train_parser(""), ["--task", TASK.name, *required, *flags])
+    [(args, _)] = parse_train_args(train_parser(""), ["--task", TASK.name, *required, *flags])
     output_layers = {"train_unet_output_layers": True} if args.train_unet_output_layers else {}
     model = new_model(TASK, tuning, **output_layers).train()
     if tuning == "lora":

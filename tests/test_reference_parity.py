@@ -246,7 +246,7 @@ class Trainer:
             "--pseudo_label_threshold", str(SETTINGS["pseudo_label_threshold"]),
             "--ema_decay", str(SETTINGS["ema_decay"]),
         ]  # fmt: skip
-        self.args, _ = parse_train_args(train_parser("test"), flags)
+        [(self.args, _)] = parse_train_args(train_parser("test"), flags)
         self.accelerator = Accelerator(cpu=True)
         self.model = copy.deepcopy(converted.model).train()
         self.model.set_trainable()

@@ -42,10 +42,10 @@ def test_round_trip_and_flags(name, tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(TASKS[name].to_dict()))
     assert load_task(config=tmp_path / "task.json") == TASKS[name]
     flags = ["--task", name, "--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
-    args, _ = parse_train_args(train_parser(""), flags)
+    [(args, _)] = parse_train_args(train_parser(""), flags)
     for key, value in TASKS[name].hyperparameters.items():
         assert getattr(args, key) == value
-    args, _ = parse_train_args(train_parser(""), [*flags, "--dplg_end_step", "7"])
+    [(args, _)] = parse_train_args(train_parser(""), [*flags, "--dplg_end_step", "7"])
     assert args.dplg_end_step == 7
 
 

@@ -382,6 +382,9 @@ def test_checkpoint_of_another_task(finished_run, data, tmp_path):
         (("--projection_channels", "48"), "--projection_channels must be a multiple of 32"),
         (("--projection_channels", "160"), "above 128 must be a multiple of 128"),
         (("--train_unet_output_layers",), "needs --unet_tuning full"),
+        (("--unet_tuning", "full", "--quantize_base", "nf4"), "--quantize_base needs --unet_tuning lora"),
+        (("--preempt_signal", "KILL"), "expected a signal such as USR1, got KILL"),
+        (("--preempt_signal", "FOO"), "expected a signal such as USR1, got FOO"),
         (("--unet_tuning", "full", "--train_unet_output_layers", "--lplr_loss", "none"), "needs latent regression"),
         (("--learning_rate", "-1"), "expected a positive number, got -1"),
         (("--ema_decay", "2"), "expected a number from 0 to 1, got 2"),
@@ -399,7 +402,8 @@ def test_bad_flags(flags, message, data, tmp_path, capsys):
 
 def test_every_flag_is_read():
     """A flag that nobody reads is a lie in `--help`."""
-    source = (ROOT / "train_madm.py").read_text()
+    readers = ("train_madm.py", "madm_utils/run_folder.py", "madm_utils/tracking.py", "madm_utils/evaluation.py")
+    source = "".join((ROOT / name).read_text() for name in readers)
     for action in train_parser("")._actions:
         assert action.help
         if action.dest not in ("help", "task", "task_config"):

@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from madm_utils.visualization import colorize, overlay, picture_grid, save_confusion_plot
+from madm_utils.tasks import TASKS
+from madm_utils.visualization import colorize, overlay, picture_grid, save_confusion_plot, training_grid
 
 PALETTE = [(10, 20, 30), (200, 0, 50)]
 
@@ -68,13 +70,98 @@ def test_captions_and_legend_are_drawn_and_nothing_is_lost_at_the_edge():
     assert (pixels[:, -6:] == 255).all()  # no text runs over the right margin
 
 
+def test_rows_may_be_short_and_every_picture_has_its_caption():
+    rows = [[flat((255, 0, 0))], [flat((0, 255, 0)), flat((0, 0, 255))]]
+    plain = np.asarray(picture_grid(rows))
+    assert (plain[6:46, 134:] == 255).all() and (plain[52:92, 140:268] == (0, 0, 255)).all()
+    full = np.asarray(picture_grid(rows, cell_captions=[["one"], ["two", "three"]]))
+    line = (full.shape[0] - plain.shape[0]) // 2  # of text above each row
+    assert line > 10
+    for k, top in enumerate((6, 6 + line + 46)):
+        text = full[top : top + line] < 128
+        assert text[:, 6:134].any() and text[:, 140:].any() == (k == 1)
+        assert (full[top + line : top + line + 40, 6:134] == rows[k][0]).all()
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{"rows": []}, {"rows": [[flat(0)], []]}, {"captions": ["a", "b"]}, {"row_captions": ["a", "b"]}],
+    ("arguments", "message"),
+    [
+        ({"rows": []}, "at least one picture"),
+        ({"rows": [[]]}, "at least one picture"),
+        ({"captions": ["a", "b"]}, "got 2 captions for 1 columns"),
+        ({"row_captions": ["a", "b"]}, "2 for 1 rows"),
+        ({"cell_captions": [["a", "b"]]}, r"got captions for \[2\] pictures per row of \[1\]"),
+    ],
 )
-def test_grid_refuses_what_does_not_fit(arguments):
-    with pytest.raises(ValueError, match="rows of one length|captions for"):
+def test_grid_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
         picture_grid(**{"rows": [[flat(0)]], **arguments})
+
+
+def pictures_of_a_step(side: int = 16) -> dict:
+    """What a training pass hands on: every image and label of one colour, the second of the batch of another."""
+    task = TASKS["synthetic_to_depth"]
+
+    def image(value: float) -> torch.Tensor:
+        return torch.stack([torch.full((3, side, side), value), torch.full((3, side, side), 0.11)])
+
+    def label(class_id: int) -> torch.Tensor:
+        return torch.stack([torch.full((side, side), class_id), torch.full((side, side), 9)])
+
+    def logits(class_id: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(label(class_id), task.num_classes).permute(0, 3, 1, 2).float()
+
+    return {
+        "source": image(0.2), "source_logits": logits(1), "source_label": label(2), "source_decoded": image(3.0),
+        "source_palette": image(-0.5), "target": image(0.4), "pseudo_label": label(3), "mixed": image(0.6),
+        "mixed_logits": logits(4), "mixed_label": label(255), "decoded": image(0.0), "mixed_palette": image(-1.0),
+        "teacher_timestep": 57, "pseudo_label_weight": torch.stack([torch.full((side, side), 0.25), torch.ones(side, side)]),
+    }  # fmt: skip
+
+
+def cells(grid: Image.Image, columns: int, rows: int, width: int) -> list[list[tuple]]:
+    """Colour of every cell that is filled with one; None of the others."""
+    pixels, found = np.asarray(grid), []
+    line = round(1.5 * max(11, min(24, width // 12)))
+    for row in range(rows):
+        top = 6 + (row + 1) * 2 * line + row * (width + 6)
+        found.append([])
+        for column in range(columns):
+            left = 6 + column * (width + 6)
+            cell = pixels[top : top + width, left : left + width].reshape(-1, 3)
+            found[-1].append(tuple(map(int, cell[0])) if (cell == cell[0]).all() else None)
+    return found
+
+
+def test_training_grid_shows_each_picture_in_its_place():
+    task, paper = TASKS["synthetic_to_depth"], (255, 255, 255)
+    grid = training_grid(pictures_of_a_step(), task, cell_width=128)
+    grey = {value: (round(255 * value),) * 3 for value in (0.2, 0.4, 0.6)}
+    assert cells(grid, 7, 2, 128) == [
+        [grey[0.2], task.palette[1], task.palette[2], (255,) * 3, (64,) * 3, paper, paper],
+        [grey[0.4], task.palette[3], grey[0.6], task.palette[4], (0,) * 3, (128,) * 3, (0,) * 3],
+    ]
+
+
+def test_training_grid_shows_what_there_is():
+    task, everything = TASKS["synthetic_to_depth"], pictures_of_a_step()
+    source = {key: everything[key] for key in ("source", "source_logits", "source_label")}
+    grid = training_grid(source, task, cell_width=128)
+    assert grid.width == 3 * 128 + 4 * 6
+    assert cells(grid, 3, 1, 128) == [[(51,) * 3, task.palette[1], task.palette[2]]]
+    everything.pop("mixed_palette")
+    assert training_grid(everything, task, cell_width=128).width == 6 * 128 + 7 * 6
+
+
+def test_the_teacher_is_described_beside_its_row():
+    """Another timestep or weight changes the text above the second row, and nothing else."""
+    task, one = TASKS["synthetic_to_depth"], pictures_of_a_step()
+    before = np.asarray(training_grid(one, task))
+    for change in ({"teacher_timestep": 3}, {"pseudo_label_weight": torch.full((2, 16, 16), 0.75)}):
+        after = np.asarray(training_grid(one | change, task))
+        top = 6 + 2 * round(1.5 * 21) + 256 + 6
+        rows = np.nonzero((before != after).any(axis=(1, 2)))[0]
+        assert len(rows) and top <= rows.min() and rows.max() < top + round(1.5 * 21)
 
 
 def test_confusion_plot_is_normalised_by_label(tmp_path):

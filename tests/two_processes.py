@@ -26,9 +26,10 @@ def count(state, bucket):
     return torch.distributed.all_reduce(buffer, async_op=True).get_future().then(lambda f: f.value()[0])
 
 
-def train(run, args, task, accelerator):
+def train(runs, *rest):
+    (run,), accelerator = runs, rest[-1]
     run.model.register_comm_hook(None, count)
-    original_train(run, args, task, accelerator)
+    original_train(runs, *rest)
     student = accelerator.unwrap_model(run.model)
 
     def spread(tensors) -> float:
@@ -45,6 +46,7 @@ def train(run, args, task, accelerator):
     }
     if accelerator.is_main_process:
         Path(report_path).write_text(json.dumps(report))
+    return 0
 
 
 train_madm.train = train

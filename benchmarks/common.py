@@ -1,0 +1,176 @@
+"""What the benchmarks share: models with random weights, the real training step, rows in processes of their own."""
+
+import copy
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from madm_utils.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from madm_utils.modeling_madm import MADMModel
+
+# Widths of VAE and UNet, and the flags of train_madm.py about the head's.
+_SMALL_DIFFUSION = {
+    "vae": {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8},
+    "unet": {
+        "block_out_channels": (32, 64, 64, 64),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+}
+SIZES = {
+    "tiny": _SMALL_DIFFUSION | {"head": {"projection_channels": 64, "bottleneck_channels": 32, "head_channels": 32}},
+    # Head and UNet share the memory roughly as in the real size.
+    "scaled": _SMALL_DIFFUSION
+    | {"head": {"projection_channels": 128, "bottleneck_channels": 32, "head_channels": 128}},
+    "real": {
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+        "unet": {
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+            "norm_num_groups": 32,
+        },
+        "head": {},
+    },
+}
+
+
+def build_model(size: str, resolution: int, tuning: str, precision: str, quantization: str = "none") -> "MADMModel":
+    """A model with random weights: small widths, or those of Stable Diffusion 1.4 and the paper (`real`)."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
+
+    from madm_utils.base_model import BaseModelReference, load_unet
+    from madm_utils.feature_extractor import DiffusionFeatureExtractor
+    from madm_utils.modeling_madm import LORA_TARGET_MODULES, MADMModel, segmenter_config
+    from madm_utils.segmenter import Segmenter
+    from madm_utils.tasks import TASKS
+
+    widths = SIZES[size]
+    frozen = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    levels = len(widths["vae"]["block_out_channels"])
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    vae = AutoencoderKL(**widths["vae"], **blocks).to(frozen)
+    vae.enable_slicing()
+    unet = UNet2DConditionModel(**widths["unet"])
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    task = TASKS["cityscapes_to_deliver_depth"]
+    if tuning == "lora":
+        unet.requires_grad_(False).to(frozen)
+        if quantization != "none":
+            with tempfile.TemporaryDirectory() as folder:
+                unet.save_pretrained(Path(folder) / "unet")
+                unet = load_unet(BaseModelReference(folder), frozen, quantization)
+        unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGET_MODULES)), adapter_name=task.modality)
+    extractor = DiffusionFeatureExtractor(vae, unet, scheduler, resolution // 2 ** (levels - 1))
+    config = segmenter_config(extractor, task.num_classes, **widths["head"])
+    segmenter = Segmenter(**config, prompt_dim=unet.config.cross_attention_dim)
+    model = MADMModel(extractor, segmenter, task, BaseModelReference("random"), resolution, tuning)
+    model.set_trainable()
+    return model
+
+
+def training_settings(model: "MADMModel", *flags: str) -> Namespace:
+    """The settings of `train_madm.py` for this model's task, with `flags`."""
+    from madm_utils.args import parse_train_args, train_parser
+
+    required = ["--data_dir", "-", "--output_dir", "-", "--pretrained_model_name_or_path", "-"]
+    argv = ["--task", model.task.name, "--unet_tuning", model.unet_tuning, *required, *flags]
+    [(args, _)] = parse_train_args(train_parser(""), argv)
+    return args
+
+
+def random_batch(model: "MADMModel", device: "torch.device") -> dict[str, "torch.Tensor"]:
+    """One source and one target image with a label, as a data loader gives them."""
+    import torch
+
+    shape = (1, 3, model.resolution, model.resolution)
+    return {
+        "source_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
+        "target_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
+        "source_label": torch.randint(model.task.num_classes, (1, *shape[2:]), device=device),
+    }
+
+
+def enable_checkpointing(model: "MADMModel") -> None:
+    """What `--gradient_checkpointing` does."""
+    model.unet.enable_gradient_checkpointing()
+    model.segmenter.enable_gradient_checkpointing()
+
+
+def training_step(model: "MADMModel", args: Namespace, accelerator: "Accelerator") -> Callable[[], None]:
+    """A function that makes one optimiser step on random images, batch 1."""
+    import train_madm
+    from madm_utils.ema import ema_decay, update_teacher
+    from madm_utils.optimization import build_adamw, parameter_groups
+    from madm_utils.pseudo_labels import palette_table
+
+    teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(accelerator.device).train()
+    groups = parameter_groups(model.train(), args.learning_rate, args.weight_decay)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    palette = palette_table(model.task.palette, accelerator.device)
+    batch = random_batch(model, accelerator.device)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        update_teacher(teacher, model.segmenter, ema_decay(count))
+        draws = train_madm.draw(batch["source_label"], count, str(count), args)
+        train_madm.adaptation_pass(prepared, teacher, batch, draws, args, palette, accelerator)
+        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_gib(gpu: bool) -> float:
+    """Peak memory so far: allocated on the GPU, resident on the CPU."""
+    import torch
+
+    return (
+        torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ) / 2**30
+
+
+def machine() -> str:
+    """The machine in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU"
+    )
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def in_own_process(script: str, name: str, *flags: str) -> dict:
+    """Run `script --measure name` and return the JSON object of its last line.
+
+    Raises:
+        UserError: the process failed; its own message is on standard error.
+    """
+    command = [sys.executable, script, "--measure", name, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"row {name} failed with exit code {done.returncode} (see above); leave it out with --rows")
+    return json.loads(done.stdout.splitlines()[-1])

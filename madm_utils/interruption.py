@@ -1,0 +1,51 @@
+"""Stopping a run from outside: Ctrl-C, `kill`, a cluster that takes its machine back."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+_SAME_REQUEST_SECONDS = 1.0
+"""Launchers pass a signal on that the whole process group has got already; both copies are one request."""
+
+_stop_signals = {signal.SIGTERM, signal.SIGINT}
+
+
+class StopSignals:
+    """While entered, the signals that ask to stop are noted instead of obeyed, so that a step can be finished.
+
+    `received` is the number of the first one, `None` before. The same signal again, a second or more later, has its
+    default effect at once.
+
+    Args:
+        preempt_signal: name without `SIG` of a further one, e.g. USR1, which a cluster sends some time before it ends
+            a job; None for SIGTERM and SIGINT alone.
+    """
+
+    def __init__(self, preempt_signal: str | None = None):
+        if preempt_signal is not None:
+            _stop_signals.add(signal.Signals[f"SIG{preempt_signal}"])
+        self.received: int | None = None
+        self._first: dict[int, float] = {}
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in _stop_signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if time.monotonic() - self._first.setdefault(number, time.monotonic()) > _SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: its workers go on, because a signal to the whole process group reaches them
+    too, and the run needs them for the step that it is in. They end with the run."""
+    for number in _stop_signals:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,35 @@
+"""What makes a run that goes on from a checkpoint the same run."""
+
+from typing import Any
+
+_FREE_SETTINGS = {
+    "output_dir", "data_dir", "pretrained_model_name_or_path", "task_config", "max_train_steps", "dry_run",
+    "dataloader_num_workers", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "preempt_signal", "validation_steps", "validate_on", "logging_steps", "report_to",
+    "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "gradient_checkpointing",
+    "allow_tf32", "device", "versions",
+}  # fmt: skip
+
+
+def identity(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides about a run's numbers, flat.
+
+    Args:
+        config: what `madm_config.json` holds.
+        record: what `run.json` holds.
+    """
+    task = config["task"]
+    fields = ("name", "class_names", "palette", "source_label_map", "target_label_map")
+    values = {f"task {field}": task.get(field) for field in fields}
+    values |= {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
+    # The flags, and what came from the launcher and the machine.
+    values |= record["settings"] | {key: record[key] for key in ("mixed_precision", "num_processes", "device")}
+    values["world size x batch"] = record["num_processes"] * record["settings"]["train_batch_size"]
+    for group in ("data", "versions"):
+        values |= {f"{group} {key}": value for key, value in record[group].items()}
+    return values
+
+
+def may_change(key: str) -> bool:
+    """Whether a run stays the same when this entry of its `identity` changes."""
+    return key.split(" ")[0] in _FREE_SETTINGS
