@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--output_dir {output_dir} already holds something; give another folder or delete this one")
 
     from madm_utils.base_model import BaseModelReference
-    from madm_utils.checkpointing import publish_folder
+    from madm_utils.files import publish_folder
     from madm_utils.original_checkpoint import convert, read_checkpoint
 
     state, iteration = read_checkpoint(args.checkpoint_path)

@@ -19,18 +19,17 @@ same command and `--resume_from_checkpoint latest` (docs/training.md).
 
 import copy
 import logging
-import os
 import random
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
 from madm_utils import cli
-from madm_utils.args import check_precision, parse_train_args, train_parser
+from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
 
 # Parsed before the heavy imports, so that `--help` and mistakes on the command line answer at once.
@@ -41,7 +40,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from madm_utils.augmentations import class_mix_masks, mix, strong_augment
@@ -60,6 +59,7 @@ from madm_utils.checkpointing import (
 from madm_utils.datasets import AdaptationDataset
 from madm_utils.distributed import LOCAL_BATCH, BatchScope, synchronize_statistics
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
+from madm_utils.engines import OptimizerState, build_accelerator
 from madm_utils.evaluation import check_validation_split, validate
 from madm_utils.hub import HubUpload
 from madm_utils.interruption import StopSignals, ignore_stop_signals
@@ -142,7 +142,7 @@ def adaptation_pass(
     """
     if teacher is None:
         return source_branch(model, batch, args, palette, accelerator, across)
-    # Under DDP the last branch alone synchronises; the forward pass decides that, so it is inside too.
+    # The last branch alone makes the step, and under DDP alone synchronises: the forward pass decides that.
     with accelerator.no_sync(model):
         scalars, pictures = source_branch(model, batch, args, palette, accelerator, across)
     mixed_scalars, mixed_pictures = mixed_branch(model, teacher, batch, draws, args, palette, accelerator, across)
@@ -161,7 +161,8 @@ def source_branch(
     student: MADMModel = accelerator.unwrap_model(model)
     source, source_label = batch["source_image"].float() / 255, batch["source_label"]
 
-    output = model(source)
+    with accelerator.autocast():
+        output = model(source)
     losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, None, args.loss_average, across)}
     pictures = {"source": source, "source_label": source_label, "source_logits": output.logits.detach()}
     if args.lplr_loss != "none":
@@ -194,7 +195,8 @@ def mixed_branch(
     mixed = draws.augment(mix(draws.mix_masks, source, target))
 
     # Mixed pass of the student.
-    output = model(mixed)
+    with accelerator.autocast():
+        output = model(mixed)
 
     # Teacher pass on the clean target: its latent carries more noise early in training (DPLG).
     with torch.no_grad(), accelerator.autocast():
@@ -237,6 +239,7 @@ class Run:
     model: torch.nn.Module
     teacher: Segmenter | None
     optimizer: torch.optim.Optimizer
+    optimizer_state: OptimizerState
     scheduler: torch.optim.lr_scheduler.LRScheduler
     parameters: list[torch.nn.Parameter]
     batches: torch.utils.data.DataLoader
@@ -397,9 +400,8 @@ def build_run(
         teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(accelerator.device)
         teacher.train(args.teacher_mode == "train")
 
-    # Named before `prepare`, which may change `requires_grad` or wrap the module.
+    # Named before `prepare`, which may change `requires_grad`, wrap the module, or put shards in place of parameters.
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
-    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
     if checkpoint:
@@ -407,10 +409,16 @@ def build_run(
         check_resume(checkpoint, name, now, model.config(), logger)
         model.restore(checkpoint / name, teacher)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    prepared = dict(accelerator.unwrap_model(model).named_parameters())
+    trained = [[prepared[name] for name in group["names"]] for group in groups]
+    optimizer_state = OptimizerState(optimizer, trained)
     palette = palette_table(task.palette, accelerator.device)
-    run = Run(name, args, task, model, teacher, optimizer, scheduler, parameters, loader, palette, scope)
+    run = Run(
+        name, args, task, model, teacher, optimizer, optimizer_state, scheduler, sum(trained, []), loader, palette,
+        scope,
+    )  # fmt: skip
     if checkpoint:
-        run.step = load_training_state(checkpoint / name, optimizer, scheduler, accelerator.scaler)
+        run.step = load_training_state(checkpoint / name, optimizer_state, scheduler, accelerator.scaler)
         logger.info(f"resumed {checkpoint / name} at step {run.step}")
     return run
 
@@ -473,11 +481,15 @@ def save_checkpoint(runs: list[Run], state: State, upload: HubUpload | None, acc
     One that cannot be written (disk full) is given up with a warning: the earlier ones stay, training goes on.
     """
     args, step = runs[0].args, runs[0].step
+    weights = [trained_weights(run, accelerator) for run in runs]
+    moments = [run.optimizer_state.state_dict(keep=accelerator.is_main_process) for run in runs]
 
     def write(folder: Path) -> None:
-        for run in runs:
-            accelerator.unwrap_model(run.model).save_pretrained(folder / run.name, run.teacher)
-            save_training_state(folder / run.name, run.step, run.optimizer, run.scheduler, accelerator.scaler)
+        for run, tensors, state in zip(runs, weights, moments, strict=True):
+            accelerator.unwrap_model(run.model).save_pretrained(folder / run.name, run.teacher, tensors)
+            save_training_state(
+                folder / run.name, run.step, run.optimizer_state, run.scheduler, accelerator.scaler, state
+            )
 
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
@@ -500,15 +512,20 @@ def save_checkpoint(runs: list[Run], state: State, upload: HubUpload | None, acc
 def save_final_model(runs: list[Run], state: State, accelerator: Accelerator) -> None:
     """Write the trained models and their cards into the run folder."""
     accelerator.wait_for_everyone()
+    weights = [trained_weights(run, accelerator) for run in runs]
     if accelerator.is_main_process:
-        for run in runs:
+        for run, tensors in zip(runs, weights, strict=True):
             student: MADMModel = accelerator.unwrap_model(run.model)
-            folder = Path(run.args.output_dir) / run.name
-            publish_model(
-                folder, lambda staging, student=student, run=run: student.save_pretrained(staging, run.teacher)
-            )
+            save = partial(student.save_pretrained, teacher=run.teacher, state=tensors)
+            publish_model(Path(run.args.output_dir) / run.name, save)
         scores = {r.name: {"task": r.task.name, "protocol": "paper", **r.scores} for r in runs if r.scores}
         write_model_card(Path(runs[0].args.output_dir), {run.name: record(run, accelerator) for run in runs}, scores)
+
+
+def trained_weights(run: Run, accelerator: Accelerator) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors of what a task trains, on the main process. Call it on every rank."""
+    student: MADMModel = accelerator.unwrap_model(run.model)
+    return student.trained_state(keep=accelerator.is_main_process)
 
 
 def record(run: Run, accelerator: Accelerator) -> dict:
@@ -519,27 +536,6 @@ def record(run: Run, accelerator: Accelerator) -> dict:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def build_accelerator(args: Namespace) -> Accelerator:
-    """Processes, precision, accumulation and trackers."""
-    has_gpu = torch.accelerator.is_available()
-    # `accelerate launch` hands its config's precision on through the environment.
-    check_precision(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), has_gpu)
-    # `forward_sync_buffers`, its successor, would still copy BatchNorm statistics between the processes at the start.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return Accelerator(
-        # Without it, several processes on a machine without GPU would not form a group, and each write the results.
-        cpu=not has_gpu,
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-        # BatchNorm statistics stay per process, as published; synchronised gradients are views of DDP's buckets.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
     settings = parse_train_args(train_parser(__doc__), argv)
@@ -547,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
     check_tracker(args.report_to)
     checkpoint = check_output_dir(args)
-    accelerator = build_accelerator(args)
+    accelerator = build_accelerator(args, len(settings))
     runs = build(settings, checkpoint, accelerator)
     state = State(**read_marker(checkpoint)["state"]) if checkpoint else State()
     for run in runs if args.validate_on else ():
@@ -562,7 +558,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         upload = HubUpload(
             args.hub_model_id, args.hub_private_repo, args.hub_token, args.output_dir, args.hub_strategy, names
         )
-        upload.start()
+        repo_id = upload.start()
+        for own, _ in settings:
+            own.hub_model_id = repo_id  # with the owner's name, for the card
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         remove_unfinished(Path(args.output_dir))
@@ -578,6 +576,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal = train(runs, state, log, stop, upload, accelerator)
     log.close()
     if signal:
+        accelerator.end_training()
         if upload is not None:
             upload.close()
         logger.info(

@@ -5,8 +5,8 @@
     python benchmarks/bench_memory.py --rows lora-bf16-ckpt full-bf16-ckpt
 
 With a GPU: what PyTorch allocated and reserved in the sizes of Stable Diffusion 1.4 and the paper, 512 pixels. Without
-one: the resident memory of a scaled model on the CPU, measured; and for the real size the bytes of all tensors that live
-at the same time, counted on tensors without memory (`count` says what that leaves out).
+one: the resident memory of a scaled model on the CPU, measured; and for the real size the bytes of all tensors that
+live at the same time, counted on tensors without memory (`count` says what that leaves out).
 
 Every row runs in a process of its own, with random weights. The step is the real one of `train_madm.py`: two student
 passes, the teacher's pass, four losses, backward, clipping, AdamW, EMA.
@@ -43,7 +43,7 @@ from madm_utils.cli import quiet_libraries, run
 
 GIB = 2**30
 REAL = ("real", 512)
-SCALED = ("scaled", 256)
+SCALED = ("scaled", 192)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
     accelerator = Accelerator(cpu=True, mixed_precision=row.precision, device_placement=False)
     with torch.device("meta"):
         model = build_model(size, resolution, row.tuning, row.precision).train()
-    saving = _quantization_saving(model.unet, row.quantization)
+    saving = quantization_saving(model.unet, row.quantization)
     if row.checkpointing:
         enable_checkpointing(model)
     if row.precision != "no":
@@ -153,9 +153,9 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
         hook = model.register_forward_hook(lambda *_: activations.append(memory.now - weights))
         train_madm.adaptation_pass(accelerator.prepare_model(model), teacher, batch, draws, args, palette, accelerator)
         hook.remove()
-        gradients, pass_peak = memory.now - weights, memory.peak
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = sum(_moment_bytes(p, row.adam_8bit) for p in trained)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.grad.nbytes for p in trained)
+    moments = sum(moment_bytes(p, row.adam_8bit) for p in trained)
     # AdamW of PyTorch, which works on all tensors at once on a GPU, makes one temporary copy of the second moments.
     temporary = 0 if row.adam_8bit else sum(4 * p.numel() for p in trained)
     return {
@@ -163,25 +163,28 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
         "gradients": gradients,
         "optimizer": moments,
         "activations": activations[0],
-        "peak": max(pass_peak, weights + gradients + temporary) + moments - saving,
+        "peak": max(memory.peak, weights + gradients + temporary) + moments - saving,
     }
 
 
 def _normalize_in_float32(model: nn.Module) -> None:
-    """Group and layer norm under autocast as on a GPU, where they compute and return float32; autocast on the CPU, with
-    which we count, leaves them in half precision. Convolutions, products and attention are the same in both."""
+    """Group and layer norm under autocast as on a GPU, where they compute and return float32.
+
+    Autocast on the CPU, with which we count, leaves them in half precision; convolutions, products and attention are
+    the same in both.
+    """
     for module in model.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def _moment_bytes(parameter: torch.Tensor, adam_8bit: bool) -> int:
+def moment_bytes(parameter: torch.Tensor, adam_8bit: bool) -> int:
     """Both moments of AdamW: float32; or 8 bits and a float32 scale per 256, for tensors of at least 4096 elements."""
     number = parameter.numel()
     return 2 * number + 8 * -(-number // 256) if adam_8bit and number >= 4096 else 8 * number
 
 
-def _quantization_saving(unet: nn.Module, quantization: str) -> float:
+def quantization_saving(unet: nn.Module, quantization: str) -> float:
     """Bytes that quantising the linear layers of a half-precision UNet saves: nf4 has a float32 scale per 64 weights,
     int8 one per row."""
     layers = [m for name, m in unet.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name]
@@ -193,7 +196,7 @@ def _quantization_saving(unet: nn.Module, quantization: str) -> float:
 
 
 def measure(row: Row, size: str, resolution: int) -> dict[str, float]:
-    """GiB before and at the peak of two training steps in this process (the second has the optimiser's state)."""
+    """GiB in this process before and at the peak of two training steps (the second has the optimiser's state)."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=row.precision)
@@ -259,7 +262,7 @@ def main() -> None:
         return
     plain = [name for name in names if ROWS[name].quantization == "none"]
     columns = {"GiB resident before": "before", "peak GiB resident": "peak"}
-    table("Measured on the CPU: scaled model, 256 pixels", plain, columns, "cpu", 1)
+    table("Measured on the CPU: scaled model, 192 pixels", plain, columns, "cpu", 1)
     columns = {key: key for key in ("weights", "gradients", "optimizer", "activations", "peak")}
     title = "Counted, not measured: real size, 512 pixels, GiB on a GPU"
     verdicts(table(title, names, columns, "counted", GIB), "counted, not measured")

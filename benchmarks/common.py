@@ -35,7 +35,7 @@ SIZES = {
     "tiny": _SMALL_DIFFUSION | {"head": {"projection_channels": 64, "bottleneck_channels": 32, "head_channels": 32}},
     # Head and UNet share the memory roughly as in the real size.
     "scaled": _SMALL_DIFFUSION
-    | {"head": {"projection_channels": 128, "bottleneck_channels": 32, "head_channels": 128}},
+    | {"head": {"projection_channels": 128, "bottleneck_channels": 32, "head_channels": 64}},
     "real": {
         "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
         "unet": {
@@ -66,7 +66,6 @@ def build_model(size: str, resolution: int, tuning: str, precision: str, quantiz
     levels = len(widths["vae"]["block_out_channels"])
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     vae = AutoencoderKL(**widths["vae"], **blocks).to(frozen)
-    vae.enable_slicing()
     unet = UNet2DConditionModel(**widths["unet"])
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     task = TASKS["cityscapes_to_deliver_depth"]

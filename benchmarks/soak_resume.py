@@ -11,6 +11,7 @@ final weights, last checkpoint and logged numbers are equal; exit code 1 if they
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -60,6 +61,7 @@ class Setup:
         saving = ("--checkpointing_steps", self.checkpointing_steps, "--checkpoints_total_limit", 3)
         flags = ("--task", "synthetic_to_depth", *paths, *model, *pace, *saving, "--logging_steps", 1)
         flags += ("--resolution", 64, "--rare_class_min_pixels", 10, "--dataloader_num_workers", self.workers)
+        flags += ("--pseudo_label_threshold", 0.15)  # the teacher has a say from the first step on
         return [str(flag) for flag in flags]
 
 
@@ -227,14 +229,16 @@ def wait_for(life: Life, moment: Moment, pace: Pace) -> list[psutil.Process]:
     if moment.kind == "start":
         time.sleep(moment.fraction * pace.start)
         return life.members()
-    while life.running() and (life.step() < moment.step or not life.begun()):
-        time.sleep(_POLL_SECONDS)
+    while life.running() and (not life.begun() or life.step() < moment.step):
+        time.sleep(0.01)
     members = life.members()  # listed before, because listing takes longer than writing a small checkpoint
     if moment.kind == "step":
         time.sleep(moment.fraction * pace.step)
     else:
-        while life.running() and not any(step >= moment.step for _, step in life.saving()):
+        while members and not any(step >= moment.step for _, step in life.saving()):
             time.sleep(_POLL_SECONDS)
+            if not _alive(members[0]):
+                break
         time.sleep(moment.fraction * 0.02)
     return members if life.running() else []
 
@@ -244,7 +248,7 @@ def uninterrupted(setup: Setup, out: Path, start: Start = start_script) -> Pace:
     started = time.monotonic()
     life = Life(setup, out, start=start)
     while life.running() and not logged_step(out):
-        time.sleep(0.01)
+        time.sleep(0.05)
     until_first_step = time.monotonic() - started
     life.finish()
     steps = time.monotonic() - started - until_first_step
@@ -324,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup = Setup(
             Path(folder), steps, args.processes, args.workers, args.accumulation, args.checkpointing_steps, args.tuning
         )
-        prepare(setup.folder)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            prepare(setup.folder)
         started = time.monotonic()
         pace = uninterrupted(setup, setup.folder / "whole")
         print(f"uninterrupted: {steps} steps of {pace.step:.2f} s after {pace.start:.0f} s to start", flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, ModelMixin, UNet2DConditionModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, is_bitsandbytes_available
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -128,15 +128,11 @@ def load_unet(
 
 def check_quantization(quantization: str) -> None:
     """Raise `UserError` where a quantised UNet cannot be built; cheap, so that it can be asked before any loading."""
-    if quantization == "none":
-        return
-    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if quantization != "none" and not (torch.cuda.is_available() or torch.xpu.is_available()):
         raise UserError(
-            f"--quantize_base {quantization} needs a GPU: bitsandbytes quantises the UNet there, and PyTorch finds none "
-            "(CUDA or XPU). Leave the flag out, or run on a machine with a GPU"
+            f"--quantize_base {quantization} needs a GPU: bitsandbytes quantises the UNet there, and PyTorch finds "
+            "none (CUDA or XPU). Leave the flag out, or run on a machine with a GPU"
         )
-    if not is_bitsandbytes_available():
-        raise UserError(f"--quantize_base {quantization} needs bitsandbytes: pip install bitsandbytes")
 
 
 def load_unet_config(base: BaseModelReference) -> dict:
@@ -180,7 +176,8 @@ def local_folder(name: str | Path, revision: str | None = None, expected: str = 
         from huggingface_hub import snapshot_download
 
         try:
-            path = Path(snapshot_download(str(name), revision=revision))
+            # A run may have pushed its checkpoints too; they are not the model.
+            path = Path(snapshot_download(str(name), revision=revision, ignore_patterns=["checkpoint-*/*"]))
         except Exception as error:  # the Hub client raises many unrelated types, all meaning "not to be had"
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"model {name}: no such folder, and not to be had from the Hub ({reason})") from None
@@ -240,16 +237,29 @@ def load_strict(cls: type[ModelMixin], folder: Path, part: str) -> ModelMixin:
     return model
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
-    """Write the adapter in the diffusers format with its alpha, so that plain diffusers loads it.
+def save_part(model: ModelMixin, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write a diffusers model as its `save_pretrained` does, with the whole tensors of `state`."""
+    from safetensors.torch import save_file
+
+    model.save_config(folder)
+    tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path, adapter: str, state: dict[str, Tensor]) -> None:
+    """Write the adapter's tensors in the diffusers format with its alpha, so that plain diffusers loads it.
 
     Equal adapters give equal bytes: sets in the adapter's settings are sorted, and the header holds a single metadata
     entry, because safetensors writes several in an order that changes from process to process.
+
+    Args:
+        unet: has the adapter.
+        folder: exists.
+        adapter: its name.
+        state: its tensors, as `lora_state` names them.
     """
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     settings = unet.peft_config[adapter].to_dict()
@@ -258,7 +268,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
     StableDiffusionPipeline.save_lora_weights(
         save_directory=folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter)),
+        unet_lora_layers={key.removeprefix("unet."): value for key, value in state.items()},
         save_function=lambda weights, path: save_file(weights, path, metadata=metadata),
     )
 
@@ -278,7 +288,7 @@ def load_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"{path} does not fit the UNet of the base model: {reason}") from None
-    check_keys(_lora_state(unet, adapter), saved, path)
+    check_keys(lora_state(unet, adapter), saved, path)
 
 
 def restore_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
@@ -289,12 +299,12 @@ def restore_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None
 
     path = folder / LORA_WEIGHT_NAME_SAFE
     saved = read_safetensors(path)
-    check_keys(_lora_state(unet, adapter), saved, path)
+    check_keys(lora_state(unet, adapter), saved, path)
     state = {key.removeprefix("unet."): value for key, value in saved.items()}
     set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=adapter)
 
 
-def _lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
+def lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
     """The adapter's tensors under the names of the diffusers file format; empty when there is no such adapter."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict

@@ -17,8 +17,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,9 @@ from madm_utils.base_model import read_safetensors
 from madm_utils.cli import UserError
 from madm_utils.files import publish_folder
 from madm_utils.run_identity import identity, may_change
+
+if TYPE_CHECKING:
+    from madm_utils.engines import OptimizerState
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +105,8 @@ def remove_unfinished(output_dir: Path) -> None:
     """Delete what killed processes left half-written in a run folder and in those of its modalities."""
     _restore_replaced(output_dir)
     for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("[!.]*/.*.tmp-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove = shutil.rmtree if path.is_dir() else os.unlink
+        remove(path)
 
 
 def _restore_replaced(output_dir: Path) -> None:
@@ -112,10 +114,8 @@ def _restore_replaced(output_dir: Path) -> None:
     for path in output_dir.glob(".checkpoint-*.tmp-*-old"):
         final = output_dir / re.fullmatch(r"\.(checkpoint-\d+)\.tmp-\d+-old", path.name)[1]
         if not final.exists():
-            try:
+            with suppress(FileNotFoundError):  # another process of this run was quicker
                 path.rename(final)
-            except FileNotFoundError:  # another process of this run was quicker
-                continue
 
 
 # --- finding and checking --------------------------------------------------------------------------------------------
@@ -225,10 +225,22 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def save_training_state(
-    folder: Path, step: int, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any | None
+    folder: Path,
+    step: int,
+    optimizer: "torch.optim.Optimizer | OptimizerState",
+    scheduler: Any,
+    scaler: Any | None,
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything a run counts besides its model; tensors as safetensors, numbers as JSON."""
-    state = optimizer.state_dict()
+    """Write everything a run counts besides its model; tensors as safetensors, numbers as JSON.
+
+    Args:
+        folder: of the task.
+        step: optimiser steps done.
+        optimizer, scheduler, scaler: whose state it is.
+        state: the optimizer's, where it takes all processes to gather it.
+    """
+    state = state or optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in state["state"].items():
@@ -248,7 +260,9 @@ def save_training_state(
     (folder / f"{STATE_NAME}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_training_state(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, scaler: Any | None) -> int:
+def load_training_state(
+    folder: Path, optimizer: "torch.optim.Optimizer | OptimizerState", scheduler: Any, scaler: Any | None
+) -> int:
     """Restore what `save_training_state` wrote; returns the step to go on with.
 
     Raises:
@@ -297,8 +311,6 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str:
     """Class of the optimizer inside accelerate's wrapper."""
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
-
-# --- the same run? ---------------------------------------------------------------------------------------------------
 
 def check_resume(checkpoint: Path, name: str, record: dict[str, Any], config: dict[str, Any], logger: Any) -> None:
     """Compare a checkpoint with the run that wants to go on from it.

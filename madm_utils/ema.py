@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from madm_utils.engines import whole
+
 
 def ema_decay(step: int, max_decay: float = 0.999) -> float:
     """Decay of the update at `step` >= 1: `min(1 - 1 / (step + 1), max_decay)`; 1/2, 2/3, 3/4, ..."""
@@ -13,10 +15,11 @@ def ema_decay(step: int, max_decay: float = 0.999) -> float:
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """`teacher <- decay * teacher + (1 - decay) * student`, in place.
 
-    Parameters only: the teacher's BatchNorm buffers come from its own forward passes.
+    Parameters only: the teacher's BatchNorm buffers come from its own forward passes. The student may be sharded (then
+    every process has to call), the teacher is whole.
     """
     shadow = [p.data for p in teacher.parameters()]
-    current = [p.data.to(s.device, s.dtype) for p, s in zip(student.parameters(), shadow, strict=True)]
+    current = [whole(p.data).to(s.device, s.dtype) for p, s in zip(student.parameters(), shadow, strict=True)]
     torch._foreach_lerp_(shadow, current, 1.0 - decay)
 
 

@@ -73,15 +73,18 @@ def evaluate(
         Confusion matrix over all processes, int64 (K+1, K+1), as `metrics.scores` takes it; None after `stop`.
 
     Raises:
-        UserError: labels that are no class of the task, or an output that is not finite; on all processes.
+        UserError: an image that cannot be read, labels that are no class of the task, or an output that is not
+            finite; on all processes.
     """
     loader, counted = _share_of_process(dataset, accelerator, batch_size, num_images or len(dataset), num_workers)
     confusion = torch.zeros((model.task.num_classes + 1,) * 2, dtype=torch.int64, device=accelerator.device)
     options = {"desc": "evaluate", "unit": "image", "disable": not accelerator.is_main_process, **progress}
     with evaluation_mode(model), tqdm(total=sum(map(len, counted)), **options) as bar:
-        for position, batch in enumerate(loader):
+        arriving = iter(loader)
+        for position in range(len(loader)):
             problem = ""
             try:
+                batch = next(arriving)
                 with torch.no_grad(), accelerator.autocast():
                     logits = finite(model(batch["image"].to(accelerator.device) / 255).logits)
                 if position < len(counted):

@@ -54,6 +54,12 @@ class DiffusionFeatureExtractor(nn.Module):
         self.noise_in_latent_dtype = noise_in_latent_dtype
         self.register_buffer("shared_noise", self.draw_noise(latent_size, latent_size), persistent=False)
 
+    def train(self, mode: bool = True) -> "DiffusionFeatureExtractor":
+        """In training the VAE takes one image at a time: exact, as its GroupNorm is per image, and a batch needs no
+        more memory than one image beside the UNet's and the head's activations."""
+        self.vae.use_slicing = mode
+        return super().train(mode)
+
     @property
     def feature_channels(self) -> list[int]:
         """Channels of [decoded image, finest, middle, coarsest UNet feature]."""

@@ -64,7 +64,8 @@ class HubUpload:
         strategy: `end` or `every_checkpoint`.
         names: sub-folder of each model of the run; "" is the run folder itself.
         pauses: seconds to wait before each further try of an upload that training no longer waits behind.
-        timeout: seconds without any progress after which a request counts as failed.
+        timeout: seconds without any progress after which a request counts as failed; Xet storage has limits of its
+            own.
     """
 
     def __init__(

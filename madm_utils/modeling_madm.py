@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from madm_utils import base_model
 from madm_utils.base_model import BaseModelReference
 from madm_utils.cli import UserError
+from madm_utils.engines import gather_state
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.segmenter import Segmenter
 from madm_utils.tasks import Task, task_from_dict
@@ -207,17 +208,38 @@ class MADMModel(nn.Module):
             "base_model": self.base.to_dict(),
         }
 
-    def save_pretrained(self, folder: str | Path, teacher: Segmenter | None = None) -> None:
-        """Write the model, and the teacher's segmenter where given, into `folder` (layout in the module docstring)."""
+    def trained_state(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors of the student that a checkpoint holds, by part: `segmenter` and `unet` (or its LoRA).
+
+        Where an engine has sharded the model, every process has to call; `keep` is False for those that do not write.
+        """
+        lora = self.unet_tuning == "lora"
+        unet = base_model.lora_state(self.unet, self.task.modality) if lora else self.unet.state_dict()
+        return gather_state({"segmenter": self.segmenter.state_dict(), "unet": unet}, keep)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        teacher: Segmenter | None = None,
+        state: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Write the model into `folder` (layout in the module docstring).
+
+        Args:
+            folder: created where it is missing.
+            teacher: the mean teacher's segmenter, where there is one.
+            state: `trained_state`, where it takes all processes to gather it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.segmenter.save_pretrained(folder / "segmenter")
+        state = state or self.trained_state()
+        base_model.save_part(self.segmenter, folder / "segmenter", state["segmenter"])
         if teacher is not None:
-            teacher.save_pretrained(folder / "teacher")
+            base_model.save_part(teacher, folder / "teacher", teacher.state_dict())
         if self.unet_tuning == "lora":
-            base_model.save_lora(self.unet, folder, self.task.modality)
+            base_model.save_lora(self.unet, folder, self.task.modality, state["unet"])
         else:
-            self.unet.save_pretrained(folder / "unet")
+            base_model.save_part(self.unet, folder / "unet", state["unet"])
         (folder / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
 
     def restore(self, folder: str | Path, teacher: Segmenter | None = None) -> None:

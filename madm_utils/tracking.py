@@ -134,11 +134,10 @@ class TrainingLog:
         flat |= {f"train/{key}": value for key, value in self._timing.items()}
         self._write_line({**record, "timing": self._timing})
         self._track(lambda tracker: tracker.log(flat, step=step))
-        shown = {
-            f"{task}/{key}" if task else key: f"{value:.3f}"
-            for task, losses in self.losses.items()
-            for key, value in losses.items()
-        }
+        shown: dict[str, str] = {}
+        for task, losses in self.losses.items():
+            terms = {task: sum(losses.values())} if task else losses
+            shown |= {key: f"{value:.3f}" for key, value in terms.items()}
         if "learning_rate" in means:
             shown["lr"] = f"{means['learning_rate']:.1e}"
         self.progress.set_postfix(shown | {"images/s": f"{self._timing['images_per_second']:.1f}"})
@@ -188,7 +187,7 @@ class TrainingLog:
             seconds = (time.monotonic() - self._second_step_at) / _TIMED_STEPS
             logger.info(
                 f"estimated time: {timedelta(seconds=round(seconds * remaining))} for {remaining} more steps of "
-                f"{seconds:.2f} s, without checkpoints and validation"
+                f"{seconds:.2f} s, the mean of the last {_TIMED_STEPS}"
             )
 
     def close(self) -> None:
@@ -273,19 +272,18 @@ def banner(runs: Sequence["Run"], args: Namespace, accelerator: Accelerator) -> 
     """Log what is about to be trained."""
     processes, accumulated = accelerator.num_processes, args.gradient_accumulation_steps
     for run in runs:
-        data = run.batches.dataset
-        target = "no target image" if run.args.source_only else f"{data.num_target} target images ({run.task.target})"
-        logger.info(f"***** {'source-only' if run.args.source_only else 'MADM'} training: {run.task.name} *****")
-        logger.info(f"  examples: {data.num_source} source images ({run.task.source}), {target}")
+        data, only = run.batches.dataset, run.args.source_only
+        target = "none" if only else f"{data.num_target} ({run.task.target})"
         groups = _trainable_by_group(run, accelerator)
         listed = ", ".join(f"{name} {count:,}" for name, count in groups.items())
+        logger.info(f"***** {'source-only' if only else 'MADM'} training: {run.task.name} *****")
+        logger.info(f"  examples: source {data.num_source} ({run.task.source}), target {target}")
         logger.info(f"  trainable parameters: {groups.total():,} ({listed})")
-    images = "source images" if args.source_only else "pairs"
     logger.info(f"  steps: {runs[0].step} to {args.max_train_steps}, {args.resolution} x {args.resolution} pixels")
     logger.info(
-        f"  effective batch: {args.train_batch_size * processes * accumulated} {images} per step"
-        f"{' and task' if len(runs) > 1 else ''} ({args.train_batch_size} x {processes} processes x {accumulated} "
-        "accumulated)"
+        f"  effective batch: {args.train_batch_size * processes * accumulated}{' per task' if len(runs) > 1 else ''} "
+        f"({args.train_batch_size} {'images' if args.source_only else 'pairs'} x {processes} processes x "
+        f"{accumulated} accumulated)"
     )
     logger.info(f"  device: {processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}")
 

@@ -111,7 +111,7 @@ _SOURCE_ROW = {
     "source_logits": "prediction",
     "source_label": "label",
     "source_decoded": "decoded label latent",
-    "source_palette": "regression target",
+    "source_palette": "palette image (LPLR)",
 }
 _TARGET_ROW = {
     "target": "target image",
@@ -120,7 +120,7 @@ _TARGET_ROW = {
     "mixed_logits": "prediction",
     "mixed_label": "mixed label",
     "decoded": "decoded label latent",
-    "mixed_palette": "regression target",
+    "mixed_palette": "palette image (LPLR)",
 }
 
 
@@ -156,7 +156,7 @@ def _teacher_caption(pictures: Mapping[str, "Tensor | int"]) -> str:
     """How noisy the teacher's input was and how much its label of the first image counts."""
     text = ""
     if "teacher_timestep" in pictures:
-        text += f"; teacher at diffusion step {pictures['teacher_timestep']}"
+        text += f"; teacher at diffusion step {pictures['teacher_timestep']} (DPLG)"
     if "pseudo_label_weight" in pictures:
         text += f"; pseudo-label weight {float(pictures['pseudo_label_weight'][0].mean()):.3f}"
     return text

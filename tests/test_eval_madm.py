@@ -150,9 +150,7 @@ def test_an_earlier_evaluation_is_replaced_and_nothing_else(model, data, tmp_pat
 
 
 def test_two_processes_write_what_one_writes(model, data, tmp_path):
-    command = arguments(model, data, tmp_path / "one", "--protocol", "native", "--batch_size", 2)
-    done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True, check=True)
-    assert "mIoU" in done.stdout and "Traceback" not in done.stderr
+    evaluate(model, data, tmp_path / "one", "--protocol", "native", "--batch_size", 2)
     command = arguments(model, data, tmp_path / "two", "--protocol", "native", "--batch_size", 2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, SCRIPT, *command], capture_output=True, text=True)
@@ -251,7 +249,7 @@ def test_scores_go_into_the_model_card(model, data, tmp_path):
     metrics = evaluate(folder, data, folder / "evaluation", "--update_model_card")
     card = ModelCard.load(folder / "README.md")
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert values["mean_iou"] == pytest.approx(metrics["miou"])
+    assert values["mean_iou"] == pytest.approx(metrics["miou"], abs=0.005)
     assert f"{metrics['miou']:.2f}" in card.text
 
 

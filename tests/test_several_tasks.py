@@ -101,7 +101,7 @@ def test_gradients_of_tasks_that_take_turns():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--task", "synthetic_to_depth", "--task", "synthetic_to_event", "--unet_tuning", "full"), "share one frozen"),
+        (("--task", "synthetic_to_depth", "--unet_tuning", "full", "--task", "synthetic_to_event"), "one frozen UNet"),
         (("--task", "synthetic_to_depth", "--task", "cityscapes_to_deliver_depth"), "different modalities"),
         (("--task", "synthetic_to_depth", "--task", "cityscapes_to_dsec_event"), "disagree about --max_train_steps"),
     ],

@@ -224,11 +224,11 @@ def test_two_processes(tmp_path):
     assert drawn(tmp_path, "train/source_loss") == [(1, 1.5)]
     assert (first["bar_off"], second["bar_off"]) == (False, True)
 
-    # Five images in batches of 1, 2 and 8: each counted once, and what one process finds.
-    assert first["indices"] == [[0, 2, 4], [0, 1, 4], [0, 1, 2, 3, 4]] and second["indices"] == [[1, 3], [2, 3], []]
+    # Five images in batches of 2 and of 8: each counted once, and what one process finds.
+    assert first["indices"] == [[0, 1, 4], [0, 1, 2, 3, 4]] and second["indices"] == [[2, 3], []]
     accelerator, network = Accelerator(cpu=True), MADMModel.from_pretrained(model)
     dataset = EvaluationDataset(data, network.task, "test", RESOLUTION)
-    for batch_size in (1, 2, 8):
+    for batch_size in (2, 8):
         alone = evaluate(network, dataset, accelerator, batch_size)
         assert alone[:-1, :-1].sum() > 0.9 * 5 * RESOLUTION**2
         for report in (first, second):
@@ -236,7 +236,8 @@ def test_two_processes(tmp_path):
 
     # One process is told to stop, or finds a mistake: both end alike.
     assert first["stopped"] and second["stopped"]
-    assert first["failed"] == second["failed"] and "not finite" in first["failed"]
+    assert first["damaged"] == second["damaged"] == "image 3 is damaged"
+    assert first["not finite"] == second["not finite"] and "not finite" in first["not finite"]
 
     # Disk full at step 2, room again at step 3.
     assert [line["step"] for line in lines(tmp_path)] == [1, 3]
@@ -267,8 +268,8 @@ def test_progress_bar(tmp_path, capsys):
     bar = capsys.readouterr().err
     assert "training:  38%" in bar and "3/8" in bar
     assert "source=0.250, lr=1.0e-03, images/s=" in bar
-    log.scalars(3, {"source_loss": 0.75, "learning_rate": 1e-3}, "depth")
-    assert "source=0.250, depth/source=0.750, lr=" in capsys.readouterr().err
+    log.scalars(3, {"source_loss": 0.75, "target_loss": 0.25, "learning_rate": 1e-3}, "depth")
+    assert "source=0.250, depth=1.000, lr=" in capsys.readouterr().err
     finish(log)
 
 
@@ -321,9 +322,9 @@ def test_banner_counts_what_trains(tmp_path, caplog):
         for name, size in sizes.items():
             assert size and f"{name} {size:,}" in caplog.text
         assert f"MADM training: {model.task.name}" in caplog.text
-    assert "examples: 3 source images (synthetic_rgb), 4 target images (synthetic_depth)" in caplog.text
+    assert "examples: source 3 (synthetic_rgb), target 4 (synthetic_depth)" in caplog.text
     assert "steps: 8 to 50, 64 x 64 pixels" in caplog.text
-    assert "effective batch: 6 pairs per step and task (2 x 1 processes x 3 accumulated)" in caplog.text
+    assert "effective batch: 6 per task (2 pairs x 1 processes x 3 accumulated)" in caplog.text
     assert "device: 1 x cpu, precision no" in caplog.text
 
     caplog.clear()
@@ -334,8 +335,8 @@ def test_banner_counts_what_trains(tmp_path, caplog):
         p.numel() for n, p in full.unet.named_parameters() if not n.startswith(("conv_out", "conv_norm_out"))
     )
     assert f"UNet {trained:,}" in caplog.text and "source-only training" in caplog.text
-    assert "3 source images (synthetic_rgb), no target image" in caplog.text
-    assert "effective batch: 6 source images per step (2" in caplog.text
+    assert "examples: source 3 (synthetic_rgb), target none" in caplog.text
+    assert "effective batch: 6 (2 images x 1" in caplog.text
 
 
 def test_summary(tmp_path, capsys, monkeypatch):

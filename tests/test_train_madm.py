@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from tiny_model import RESOLUTION, base_folder, write_data
 
 import train_madm
 from madm_utils.args import train_parser
-from madm_utils.checkpointing import rotate_checkpoints
 from madm_utils.cli import UserError
 from madm_utils.raw_layouts import write_raw_layouts
 from madm_utils.tasks import TASKS
@@ -73,7 +71,7 @@ def test_every_published_task_end_to_end(name, tuning, raw, tmp_path_factory):
         script("prepare_datasets.py", "--task", name, "--raw_dir", raw, "--output_dir", folder / "data", "--verify")
     out = folder / tuning
     script("train_madm.py", *train_flags(folder / "data", out, "--unet_tuning", tuning, task=name))
-    expected = {"madm_config.json", "run.json", "README.md", "segmenter", "teacher", "logs"}
+    expected = {"madm_config.json", "run.json", "README.md", "segmenter", "teacher", "logs", "training_log.jsonl"}
     expected.add("unet" if tuning == "full" else "pytorch_lora_weights.safetensors")
     assert {p.name for p in out.iterdir()} == expected
     record = json.loads((out / "run.json").read_text())
@@ -121,10 +119,13 @@ def train_madm_run(data, out, *more, **options):
 
 def test_logs_pictures_and_rotation(finished_run):
     logged = scalars(finished_run)
-    assert {"train/source_loss", "train/target_loss", "train/lplr_source_loss", "train/lplr_target_loss",
-            "train/pseudo_label_weight", "train/teacher_timestep", "train/learning_rate", "train/gradient_norm"
-            } == set(logged)  # fmt: skip
-    assert all(len(values) == 4 and np.isfinite(values).all() for values in logged.values())
+    per_class = {tag for tag in logged if tag.startswith("train/confident_fraction/")}
+    names = {"source_loss", "target_loss", "lplr_source_loss", "lplr_target_loss", "pseudo_label_weight"}
+    names |= {"teacher_timestep", "learning_rate", "gradient_norm"}
+    names |= {"memory_gib", "images_per_second", "seconds_per_step"}
+    assert {f"train/{name}" for name in names} == set(logged) - per_class
+    assert all(np.isfinite(values).all() for values in logged.values())
+    assert all(len(logged[tag]) == 4 for tag in set(logged) - per_class) and per_class
     assert logged["train/teacher_timestep"][0] in (60, 61)
     assert {p.name for p in finished_run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
     for step in (2, 4):
@@ -135,23 +136,6 @@ def test_logs_pictures_and_rotation(finished_run):
 def test_equal_settings_give_equal_weights(finished_run, data, tmp_path):
     train_madm_run(data, tmp_path / "again", "--max_train_steps", 4, "--dataloader_num_workers", 2)
     assert weights(tmp_path / "again") == weights(finished_run)
-
-
-def test_resume_gives_the_uninterrupted_run(finished_run, data, tmp_path):
-    """Bit-identical weights after stopping at step 2, teacher and optimiser included."""
-    out = tmp_path / "out"
-    train_madm_run(data, out, "--max_train_steps", 4, "--checkpointing_steps", 1)
-    for step in (3, 4):
-        (out / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
-    for path in [p for p in out.iterdir() if p.name not in ("checkpoint-2", "checkpoint-1", "run.json")]:
-        path.rename(tmp_path / f"old-{path.name}")
-    flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
-    done = train_madm_run(data, out, *flags)
-    assert "at step 2" in done.stdout
-    assert weights(out) == weights(finished_run)
-    later, resumed = tmp_path / "later-3", out / "checkpoint-3"
-    for name in ("training_state.safetensors", "segmenter/diffusion_pytorch_model.safetensors"):
-        assert (later / name).read_bytes() == (resumed / name).read_bytes()
 
 
 def test_checkpoint_is_a_model(finished_run, data, tmp_path):
@@ -267,14 +251,9 @@ def test_resume_from_something_else(finished_run, data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rank", "8"), "rank: 4 -> 8"),
         (("--learning_rate", "5"), "learning_rate: 0.001 -> 5.0"),
-        (("--source_only",), "source_only: False -> True"),
         (("--unet_tuning", "full"), "unet_tuning: lora -> full"),
-        (("--resolution", "128"), "resolution: 64 -> 128"),
-        (("--task", "synthetic_to_event"), "task name: synthetic_to_depth -> synthetic_to_event"),
         (("--mixed_precision", "bf16"), "mixed_precision: no -> bf16"),
-        (("--noise_in_latent_dtype",), "noise_in_latent_dtype: False -> True"),
     ],
 )
 def test_resume_as_another_run(flags, message, finished_run, data):
@@ -299,50 +278,10 @@ def test_finished_run_can_be_extended(finished_run, data, tmp_path):
     assert "max_train_steps: 4 -> 5" in done.stdout and "at step 4" in done.stdout
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{"])
-def test_resume_with_unreadable_settings(content, finished_run, data, tmp_path):
-    shutil.copytree(finished_run, tmp_path / "out")
-    (tmp_path / "out/checkpoint-4/madm_config.json").write_text(content)
-    with pytest.raises(UserError, match="its settings cannot be read"):
-        train_madm.main(train_flags(data, tmp_path / "out", "--resume_from_checkpoint", "latest"))
-
-
 def test_finished_run_without_checkpoints_does_not_offer_to_resume(finished_run, data, tmp_path):
     shutil.copytree(finished_run, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.raises(UserError, match="already holds a run; give another folder, or delete this one$"):
         train_madm.main(train_flags(data, tmp_path / "out"))
-
-
-def test_rotation_keeps_the_newest_written(tmp_path):
-    """Also where a run that was resumed earlier passes behind older results."""
-    for step in (2, 4, 5, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate_checkpoints(tmp_path / "checkpoint-5", 2)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-6"}
-    rotate_checkpoints(tmp_path / "checkpoint-5", 1)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
-
-
-def test_failed_upload_keeps_the_model_and_says_how_to_finish(data, tmp_path):
-    """Offline: exit code 2, the trained folder complete, and a command that the hf tool understands."""
-    done = train_madm_run(
-        data, tmp_path / "out", "--source_only", "--push_to_hub", "--hub_model_id", "me/x", check=False
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert (tmp_path / "out/madm_config.json").exists()
-    command = shlex.split(re.search(r"hf (upload .*)", done.stderr)[1])
-    assert command[:3] == ["upload", "me/x", str(tmp_path / "out")]
-    patterns = [value for flag, value in zip(command, command[1:], strict=False) if flag == "--include"]
-    assert "segmenter/*" in patterns and "madm_config.json" in patterns and "checkpoint-*" not in str(patterns)
-
-
-@pytest.mark.parametrize("name", ["training_state.json", "training_state.safetensors"])
-def test_damaged_training_state(name, finished_run, data, tmp_path):
-    shutil.copytree(finished_run, tmp_path / "out")
-    (tmp_path / f"out/checkpoint-4/{name}").write_text("{")
-    with pytest.raises(UserError, match=f"{name} is damaged"):
-        flags = ("--max_train_steps", 5, "--resume_from_checkpoint", "latest")
-        train_madm.main(train_flags(data, tmp_path / "out", *flags))
 
 
 def test_run_that_died_before_its_first_checkpoint_starts_over(data, tmp_path):

@@ -115,7 +115,7 @@ def pictures_of_a_step(side: int = 16) -> dict:
         "source": image(0.2), "source_logits": logits(1), "source_label": label(2), "source_decoded": image(3.0),
         "source_palette": image(-0.5), "target": image(0.4), "pseudo_label": label(3), "mixed": image(0.6),
         "mixed_logits": logits(4), "mixed_label": label(255), "decoded": image(0.0), "mixed_palette": image(-1.0),
-        "teacher_timestep": 57, "pseudo_label_weight": torch.stack([torch.full((side, side), 0.25), torch.ones(side, side)]),
+        "teacher_timestep": 57, "pseudo_label_weight": torch.full((2, side, side), 0.25),
     }  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""Starts of train_madm.py without its ten seconds of imports: one process imports them once, then forks.
+
+Every child runs the script itself, as `__main__`, with its own flags, environment, output and process group.
+"""
+
+import gc
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class ForkServer:
+    """Client side. `start` has the form of `benchmarks.soak_resume.start_script`."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, request: dict):
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, setup, flags: list[str], log: Path) -> list["Forked"]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        started = []
+        for rank in range(setup.processes):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setup.processes}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in environment.items()} if setup.processes > 1 else {}
+            started.append(Forked(self, self.ask({"flags": flags, "log": str(log), "environment": environment})))
+        return started
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+
+class Forked:
+    """One child of the server."""
+
+    def __init__(self, server: ForkServer, pid: int):
+        self.server, self.pid, self.code = server, pid, None
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.code is None:
+            self.code = self.server.ask({"wait": self.pid, "options": options})
+        return self.code
+
+    def wait(self) -> int:
+        return self.poll(options=0)
+
+
+def serve() -> list[str]:
+    """Answer requests until there are no more; in a forked child, return its flags."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], request["options"])
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                os.setsid()
+                output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.environ.update(request["environment"])
+                return request["flags"]
+        print(json.dumps(answer), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from madm_utils.cli import quiet_libraries
+
+    quiet_libraries()
+    import datasets  # noqa: F401 what the script imports late is imported before forking as well
+    import tensorboard  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import train_madm  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # children need not look through, and copy, what they share
+    sys.argv = ["train_madm.py", *serve()]
+    runpy.run_path(str(ROOT / "train_madm.py"), run_name="__main__")
