@@ -34,6 +34,8 @@ test: $(STAMP)  ## lint, formatting and all tests
 
 bench: $(STAMP)  ## print the tables of docs/benchmarks.md for this machine
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_memory.py
+	$(PY) benchmarks/bench_scaling.py
 
 style: $(STAMP)  ## format the code and repair what ruff can
 	$(PY) -m ruff format .

@@ -207,7 +207,8 @@ def mixed_branch(
     mixed_weight = mix(draws.mix_masks, torch.ones_like(weight), weight)
 
     pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
-    pictures |= {"mixed_logits": output.logits.detach(), "decoded": output.decoded, "pseudo_label_weight": weight}
+    pictures |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits}
+    pictures |= {"decoded": output.decoded, "pseudo_label_weight": weight}
     losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average, across)}
     if args.lplr_loss == "both":
         pictures["mixed_palette"] = palette_image(mixed_label, palette)

@@ -113,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = 1.0
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder:
         prepare(Path(folder))
-        print(
-            f"{machine()}; torch {torch.__version__}, threads per process: {args.threads}, {time.strftime('%Y-%m-%d')}\n"
-        )
+        print(f"{machine()}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {args.threads} thread(s) each\n")
         print("| row | s / step, 1 process | s / step, 2 processes | throughput per process | of 2 trainings apart |")
         print("|---|---|---|---|---|", flush=True)
         for row in args.rows:

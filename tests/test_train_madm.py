@@ -208,6 +208,7 @@ def test_two_processes(flags, data, tmp_path):
     assert report["parameters"] == report["teacher"] == 0.0
     assert report["statistics"] > 0.0
     assert report["reduced"] == 2 * report["trainable"]
+    assert report["in_order"] and not (tmp_path / "out-rank1").exists()
     assert json.loads((tmp_path / "out/run.json").read_text())["num_processes"] == 2
     assert (tmp_path / "out/checkpoint-1").is_dir()
 
@@ -341,7 +342,8 @@ def test_bad_flags(flags, message, data, tmp_path, capsys):
 
 def test_every_flag_is_read():
     """A flag that nobody reads is a lie in `--help`."""
-    readers = ("train_madm.py", "madm_utils/run_folder.py", "madm_utils/tracking.py", "madm_utils/evaluation.py")
+    names = ("run_folder", "engines", "tracking", "evaluation")
+    readers = ("train_madm.py", *(f"madm_utils/{name}.py" for name in names))
     source = "".join((ROOT / name).read_text() for name in readers)
     for action in train_parser("")._actions:
         assert action.help
