@@ -194,10 +194,6 @@ def mixed_branch(
     # Class mix: source pixels of half of the classes pasted onto the target, then strongly augmented.
     mixed = draws.augment(mix(draws.mix_masks, source, target))
 
-    # Mixed pass of the student.
-    with accelerator.autocast():
-        output = model(mixed)
-
     # Teacher pass on the clean target: its latent carries more noise early in training (DPLG).
     with torch.no_grad(), accelerator.autocast():
         teacher_logits = student(target, draws.teacher_timestep, segmenter=teacher).logits
@@ -206,6 +202,9 @@ def mixed_branch(
     mixed_label = mix(draws.mix_masks, source_label, label)
     mixed_weight = mix(draws.mix_masks, torch.ones_like(weight), weight)
 
+    # Mixed pass of the student; after the teacher's, so that its activations and the teacher's do not live together.
+    with accelerator.autocast():
+        output = model(mixed)
     pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
     pictures |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits}
     pictures |= {"decoded": output.decoded, "pseudo_label_weight": weight}

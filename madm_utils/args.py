@@ -291,7 +291,7 @@ def _add_hub(group) -> None:
 
 # With several tasks these hold for the whole run; the others may differ by each task's hyper-parameters.
 _RUN_WIDE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed", "checkpointing_steps",
-             "validation_steps", "logging_steps", "unet_tuning", "mixed_precision")  # fmt: skip
+             "validation_steps", "logging_steps", "unet_tuning", "quantize_base", "mixed_precision")  # fmt: skip
 
 
 def parse_train_args(

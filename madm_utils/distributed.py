@@ -67,11 +67,7 @@ LOCAL_BATCH = BatchScope()
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`BatchNorm2d` over the batch of all processes, on any device (torch's SyncBatchNorm refuses the CPU).
-
-    With `track_running_stats` off it still normalises by the batch and leaves the running statistics alone, which is
-    what the recomputation of activation checkpointing needs.
-    """
+    """`BatchNorm2d` over the batch of all processes, on any device (torch's SyncBatchNorm refuses the CPU)."""
 
     def __init__(self, num_features: int, eps: float, momentum: float, scope: BatchScope):
         super().__init__(num_features, eps, momentum)
@@ -81,11 +77,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         y, mean, variance = _NormalizeBatch.apply(x, self.weight, self.bias, self.eps, self.scope)
-        if self.track_running_stats:
-            count = x.numel() // x.shape[1] * self.scope.num_processes
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked.add_(1)
+        count = x.numel() // x.shape[1] * self.scope.num_processes
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
         return y
 
 

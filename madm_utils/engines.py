@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from madm_utils.args import check_precision
+from madm_utils.base_model import check_quantization
 from madm_utils.cli import UserError
 
 _NAMES = {"fsdp": "FSDP2", "deepspeed": "DeepSpeed"}
@@ -62,6 +63,7 @@ def build_accelerator(args: Namespace, num_tasks: int) -> Accelerator:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_precision(precision, torch.accelerator.is_available())
     check_engine(args, precision, num_tasks)
+    check_quantization(args.quantize_base)
     # `forward_sync_buffers`, its successor, would still copy BatchNorm statistics between the processes at the start.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     if args.allow_tf32:

@@ -251,6 +251,7 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list |
         randomize_lora(model.unet)
     if checkpointing:
         model.unet.enable_gradient_checkpointing()
+        model.segmenter.enable_gradient_checkpointing()
     teacher = new_model(TASK, tuning).segmenter.requires_grad_(False).train()
     generator = torch.Generator().manual_seed(1)
     shape = (2, 3, RESOLUTION, RESOLUTION)
@@ -274,9 +275,8 @@ def test_every_trainable_tensor_learns_and_checkpointing_changes_nothing(tuning)
     scalars, plain = pass_gradients(tuning, False)
     missing = [name for name, gradient in plain.items() if gradient is None and ".other." not in name]
     assert not missing
-    assert set(scalars) == {
-        "source_loss", "lplr_source_loss", "target_loss", "lplr_target_loss", "pseudo_label_weight"
-    }  # fmt: skip
+    losses = {"source_loss", "lplr_source_loss", "target_loss", "lplr_target_loss"}
+    assert set(scalars) == losses | {"pseudo_label_weight", "confident_fraction"}
     _, recomputed = pass_gradients(tuning, True)
     for name, gradient in plain.items():
         if gradient is not None:
@@ -284,7 +284,7 @@ def test_every_trainable_tensor_learns_and_checkpointing_changes_nothing(tuning)
 
 
 def test_each_branch_is_back_propagated_before_the_next():
-    """Source forward and backward; then mixed, teacher, backward. So neither trap can reach `adaptation_pass`."""
+    """Source forward and backward; then teacher, mixed, backward. So neither trap can reach `adaptation_pass`."""
     events = []
     pass_gradients("lora", True, events=events)
     assert events == ["forward", "backward", "forward", "forward", "backward"]
