@@ -24,7 +24,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -44,27 +43,23 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from madm_utils.augmentations import class_mix_masks, mix, strong_augment
-from madm_utils.base_model import BaseModelReference
+from madm_utils.base_model import BaseModelReference, base_fingerprint
 from madm_utils.checkpointing import (
-    SAVE_ERRORS,
     check_resume,
     list_checkpoints,
     load_training_state,
-    publish_checkpoint,
     read_marker,
     remove_unfinished,
-    rotate_checkpoints,
-    save_training_state,
 )
 from madm_utils.datasets import AdaptationDataset
-from madm_utils.distributed import LOCAL_BATCH, BatchScope, synchronize_statistics
+from madm_utils.distributed import LOCAL_BATCH, BatchScope, share_statistics, synchronize_statistics
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
 from madm_utils.engines import OptimizerState, build_accelerator
 from madm_utils.evaluation import check_validation_split, validate
+from madm_utils.files import writing
 from madm_utils.hub import HubUpload
 from madm_utils.interruption import StopSignals, ignore_stop_signals
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
-from madm_utils.model_card import write_model_card
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.optimization import build_adamw, lr_scheduler, parameter_groups
 from madm_utils.pseudo_labels import (
@@ -75,7 +70,15 @@ from madm_utils.pseudo_labels import (
     pseudo_label,
     valid_mask,
 )
-from madm_utils.run_folder import check_output_dir, public_settings, publish_model, run_record, write_record
+from madm_utils.run_folder import (
+    check_output_dir,
+    public_settings,
+    record,
+    run_record,
+    save_checkpoint,
+    save_final_model,
+    write_record,
+)
 from madm_utils.segmenter import Segmenter
 from madm_utils.tasks import Task
 from madm_utils.tracking import TrainingLog, banner, check_tracker, summary
@@ -245,6 +248,8 @@ class Run:
     batches: torch.utils.data.DataLoader
     palette: Tensor
     scope: BatchScope
+    fingerprints: dict[str, str]
+    """Of the prepared data and the base model."""
     step: int = 0
     scores: dict | None = None
     """Of the newest validation."""
@@ -268,6 +273,7 @@ def optimizer_step(run: Run, batches: Iterator, corrupt: set[str], accelerator: 
         update_teacher(run.teacher, student.segmenter, ema_decay(run.step, args.ema_decay))
         if args.teacher_mode == "eval":
             copy_buffers(run.teacher, student.segmenter)
+            share_statistics(run.teacher, accelerator)  # every process has its own, a checkpoint holds one
 
     for index in range(args.gradient_accumulation_steps):
         batch = next(batches)
@@ -315,11 +321,12 @@ def train(
                 log.scalars(run.step, scalars, run.name, run.task.class_names)
             if (args.validation_steps and run.step % args.validation_steps == 0) or last:
                 look(run, pictures, state, log, stop, accelerator)
+            del scalars, pictures  # not while the next step needs the memory
         log.advance()
 
         step, signal = runs[0].step, agree(stop.received or 0, corrupt, state, args, accelerator)
         stopping = signal and step < args.max_train_steps
-        if stopping or step % args.checkpointing_steps == 0:
+        if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save_checkpoint(runs, state, upload, accelerator)
         if stopping:
             return signal
@@ -404,8 +411,9 @@ def build_run(
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
+    fingerprints = loader.dataset.fingerprints | {"base model": base_fingerprint(model.extractor.vae, model.unet)}
     if checkpoint:
-        now = run_record(args, task, loader.dataset.fingerprints, accelerator)
+        now = run_record(args, task, fingerprints, accelerator)
         check_resume(checkpoint, name, now, model.config(), logger)
         model.restore(checkpoint / name, teacher)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -415,7 +423,7 @@ def build_run(
     palette = palette_table(task.palette, accelerator.device)
     run = Run(
         name, args, task, model, teacher, optimizer, optimizer_state, scheduler, sum(trained, []), loader, palette,
-        scope,
+        scope, fingerprints,
     )  # fmt: skip
     if checkpoint:
         run.step = load_training_state(checkpoint / name, optimizer_state, scheduler, accelerator.scaler)
@@ -472,67 +480,6 @@ def build_model(args: Namespace, task: Task, shared: MADMModel | None, accelerat
     return model
 
 
-# --- saving ----------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(runs: list[Run], state: State, upload: HubUpload | None, accelerator: Accelerator) -> None:
-    """Publish `checkpoint-{step}`, then delete old ones. Call it on every rank; the main one writes.
-
-    One that cannot be written (disk full) is given up with a warning: the earlier ones stay, training goes on.
-    """
-    args, step = runs[0].args, runs[0].step
-    weights = [trained_weights(run, accelerator) for run in runs]
-    moments = [run.optimizer_state.state_dict(keep=accelerator.is_main_process) for run in runs]
-
-    def write(folder: Path) -> None:
-        for run, tensors, state in zip(runs, weights, moments, strict=True):
-            accelerator.unwrap_model(run.model).save_pretrained(folder / run.name, run.teacher, tensors)
-            save_training_state(
-                folder / run.name, run.step, run.optimizer_state, run.scheduler, accelerator.scaler, state
-            )
-
-    if accelerator.is_main_process:
-        output_dir = Path(args.output_dir)
-        records = {run.name: record(run, accelerator) for run in runs}
-        try:
-            checkpoint = publish_checkpoint(output_dir, step, records, vars(state), write)
-        except SAVE_ERRORS as error:
-            kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
-            logger.warning(
-                f"checkpoint-{step} could not be written ({error}); training goes on and tries again in "
-                f"{args.checkpointing_steps} steps; checkpoints kept: {kept}"
-            )
-        else:
-            rotate_checkpoints(checkpoint, args.checkpoints_total_limit)
-            if upload is not None:
-                upload.checkpoint(checkpoint)
-    accelerator.wait_for_everyone()
-
-
-def save_final_model(runs: list[Run], state: State, accelerator: Accelerator) -> None:
-    """Write the trained models and their cards into the run folder."""
-    accelerator.wait_for_everyone()
-    weights = [trained_weights(run, accelerator) for run in runs]
-    if accelerator.is_main_process:
-        for run, tensors in zip(runs, weights, strict=True):
-            student: MADMModel = accelerator.unwrap_model(run.model)
-            save = partial(student.save_pretrained, teacher=run.teacher, state=tensors)
-            publish_model(Path(run.args.output_dir) / run.name, save)
-        scores = {r.name: {"task": r.task.name, "protocol": "paper", **r.scores} for r in runs if r.scores}
-        write_model_card(Path(runs[0].args.output_dir), {run.name: record(run, accelerator) for run in runs}, scores)
-
-
-def trained_weights(run: Run, accelerator: Accelerator) -> dict[str, dict[str, Tensor]]:
-    """Whole tensors of what a task trains, on the main process. Call it on every rank."""
-    student: MADMModel = accelerator.unwrap_model(run.model)
-    return student.trained_state(keep=accelerator.is_main_process)
-
-
-def record(run: Run, accelerator: Accelerator) -> dict:
-    """What `run.json` of a task holds."""
-    return run_record(run.args, run.task, run.batches.dataset.fingerprints, accelerator)
-
-
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -561,35 +508,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         repo_id = upload.start()
         for own, _ in settings:
             own.hub_model_id = repo_id  # with the owner's name, for the card
+    output_dir = Path(args.output_dir)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        remove_unfinished(Path(args.output_dir))
-        for run in runs:
-            write_record(Path(args.output_dir) / run.name, record(run, accelerator))
-    pairs = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps * len(runs)
-    log = TrainingLog(
-        Path(args.output_dir), accelerator, public_settings(args), args.max_train_steps, runs[0].step, pairs,
-        args.report_to, args.logging_dir,
-    )  # fmt: skip
+    with writing(output_dir):
+        if accelerator.is_main_process:
+            remove_unfinished(output_dir)
+            for run in runs:
+                write_record(output_dir / run.name, record(run, accelerator))
+        pairs = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps * len(runs)
+        log = TrainingLog(
+            output_dir, accelerator, public_settings(args), args.max_train_steps, runs[0].step, pairs,
+            args.report_to, args.logging_dir,
+        )  # fmt: skip
     banner(runs, args, accelerator)
-    with StopSignals(args.preempt_signal) as stop:
-        signal = train(runs, state, log, stop, upload, accelerator)
-    log.close()
-    if signal:
+    try:
+        with StopSignals(args.preempt_signal) as stop:
+            signal = train(runs, state, log, stop, upload, accelerator)
+            if not signal:
+                for run in runs if args.validate_on else ():
+                    run.scores = run.scores or validate(run, args.validate_on, accelerator)  # resumed at its end
+                save_final_model(runs, accelerator)
+                summary(runs, log, state, accelerator)
+        log.close()
         accelerator.end_training()
+        if signal:
+            logger.info(stopped(signal, runs[0].step, output_dir))
+        elif upload is not None:
+            print(f"uploaded to {upload.finish()}")
+    finally:
         if upload is not None:
             upload.close()
-        logger.info(
-            f"stopped by {Signals(signal).name} after step {runs[0].step}; go on with the same command and "
-            "--resume_from_checkpoint latest"
-        )
-        return 128 + signal
-    save_final_model(runs, state, accelerator)
-    summary(runs, log, state, accelerator)
-    accelerator.end_training()
-    if upload is not None:
-        print(f"uploaded to {upload.finish()}")
-    return 0
+    return 128 + signal if signal else 0
+
+
+def stopped(signal: int, step: int, output_dir: Path) -> str:
+    """What to say when a signal has ended the training."""
+    checkpoints = list_checkpoints(output_dir)
+    message = f"stopped by {Signals(signal).name} after step {step}"
+    if not checkpoints:
+        return f"{message}; no checkpoint could be written, start again"
+    return f"{message}; go on from {checkpoints[-1].name} with the same command and --resume_from_checkpoint latest"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -74,6 +74,7 @@ _ROWS = [
     for precision in ("no", "bf16")
     for checkpointing in (False, True)
 ]
+_ROWS += [Row("lora", "fp16"), Row("full", "fp16")]
 _ROWS += [Row("lora", quantization="int8"), Row("lora", quantization="nf4")]
 _ROWS += [Row("lora", adam_8bit=True), Row("full", adam_8bit=True)]
 ROWS = {row.name: row for row in _ROWS}
@@ -130,6 +131,8 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
     import train_madm
     from madm_utils.pseudo_labels import palette_table
 
+    if row.precision == "fp16":
+        row = replace(row, precision="bf16")  # as many bytes, and accelerate refuses fp16 on the CPU
     accelerator = Accelerator(cpu=True, mixed_precision=row.precision, device_placement=False)
     with torch.device("meta"):
         model = build_model(size, resolution, row.tuning, row.precision).train()
@@ -260,7 +263,7 @@ def main() -> None:
         columns = {"GiB before": "before", "peak GiB allocated": "peak", "peak GiB reserved": "reserved"}
         verdicts(table("Measured: real size, 512 pixels", names, columns, "gpu", 1), "measured")
         return
-    plain = [name for name in names if ROWS[name].quantization == "none"]
+    plain = [name for name in names if ROWS[name].quantization == "none" and ROWS[name].precision != "fp16"]
     columns = {"GiB resident before": "before", "peak GiB resident": "peak"}
     table("Measured on the CPU: scaled model, 192 pixels", plain, columns, "cpu", 1)
     columns = {key: key for key in ("weights", "gradients", "optimizer", "activations", "peak")}

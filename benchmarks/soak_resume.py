@@ -52,6 +52,8 @@ class Setup:
     accumulation: int = 1
     checkpointing_steps: int = 2
     tuning: str = "lora"
+    more: tuple[str, ...] = ()
+    """Further flags."""
 
     def flags(self, out: Path) -> list[str]:
         """Arguments of `train_madm.py`."""
@@ -62,7 +64,7 @@ class Setup:
         flags = ("--task", "synthetic_to_depth", *paths, *model, *pace, *saving, "--logging_steps", 1)
         flags += ("--resolution", 64, "--rare_class_min_pixels", 10, "--dataloader_num_workers", self.workers)
         flags += ("--pseudo_label_threshold", 0.15)  # the teacher has a say from the first step on
-        return [str(flag) for flag in flags]
+        return [str(flag) for flag in (*flags, *self.more)]
 
 
 def prepare(folder: Path, num_train: int = 3) -> None:

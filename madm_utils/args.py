@@ -290,8 +290,10 @@ def _add_hub(group) -> None:
 
 
 # With several tasks these hold for the whole run; the others may differ by each task's hyper-parameters.
-_RUN_WIDE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed", "checkpointing_steps",
-             "validation_steps", "logging_steps", "unet_tuning", "quantize_base", "mixed_precision")  # fmt: skip
+_RUN_WIDE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed", "unet_tuning",
+             "quantize_base", "mixed_precision", "gradient_checkpointing", "sync_batch_statistics", "source_only",
+             "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit", "preempt_signal",
+             "validation_steps", "validate_on", "logging_steps", "report_to", "logging_dir")  # fmt: skip
 
 
 def parse_train_args(

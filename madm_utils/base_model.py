@@ -5,6 +5,7 @@ has nothing but `.bin` files is read by the libraries as plain tensors.
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,20 @@ def load_unet_config(base: BaseModelReference) -> dict:
     except OSError as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"cannot load 'unet' of base model {base.pretrained_model_name_or_path}: {reason}") from None
+
+
+def base_fingerprint(vae: AutoencoderKL, unet: UNet2DConditionModel) -> str:
+    """Digest that tells base models apart: configurations and first convolutions (which no quantisation touches)."""
+    digest = hashlib.sha256()
+    for model, first in ((vae, vae.encoder.conv_in), (unet, unet.conv_in)):
+        config = {
+            key: value
+            for key, value in model.config.items()
+            if not key.startswith("_") and key != "quantization_config"
+        }
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(first.weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def vae_scale(vae: AutoencoderKL) -> int:

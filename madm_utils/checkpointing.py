@@ -29,7 +29,7 @@ from torch import Tensor
 from madm_utils.base_model import read_safetensors
 from madm_utils.cli import UserError
 from madm_utils.files import publish_folder
-from madm_utils.run_identity import identity, may_change
+from madm_utils.run_identity import SIDE_EFFECTS, identity, may_change
 
 if TYPE_CHECKING:
     from madm_utils.engines import OptimizerState
@@ -104,7 +104,8 @@ def rotate_checkpoints(newest: Path, limit: int | None) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Delete what killed processes left half-written in a run folder and in those of its modalities."""
     _restore_replaced(output_dir)
-    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("[!.]*/.*.tmp-*")]:
+    # Of sub-folders only what a training writes there: an evaluation may be writing beside it.
+    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("[!.]*/.final.tmp-*")]:
         remove = shutil.rmtree if path.is_dir() else os.unlink
         remove(path)
 
@@ -247,7 +248,8 @@ def save_training_state(
         for key, value in _flatten(values, f"{index}.").items():
             if isinstance(value, Tensor):
                 # Cloned: the quantisation maps of 8-bit AdamW are shared between parameters.
-                tensors[key] = value.detach().clone().contiguous()
+                # To the CPU, because a second set of moments may not fit on the GPU.
+                tensors[key] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 numbers[key] = value
     save_file(tensors, folder / f"{STATE_NAME}.safetensors")
@@ -337,13 +339,14 @@ def check_resume(checkpoint: Path, name: str, record: dict[str, Any], config: di
         before = identity(config, records[name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint}: its settings cannot be read ({type(error).__name__}: {error})") from None
-    # A setting that only one of them has came or went with a version of the suite.
-    changes = {key: f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
+    # A setting that only one of them has came or went with a version of the suite; a part of the data did not.
+    keys = [key for key in {**before, **now} if key.startswith("data ") or (key in before and key in now)]
+    changes = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
     harmful = [text for key, text in changes.items() if not may_change(key)]
     if harmful:
         raise UserError(
             f"{checkpoint} belongs to a run with other settings ({'; '.join(harmful)}); resume with the same ones, or "
             "start a new run in another --output_dir"
         )
-    for text in changes.values():
-        logger.info(f"resuming with another {text}")
+    for key, text in changes.items():
+        logger.info(f"resuming with another {text}{SIDE_EFFECTS.get(key, '')}")

@@ -129,6 +129,13 @@ class SyncDropout2d(nn.Dropout2d):
         return x * self.scope.local(F.dropout2d(everyone, self.p))
 
 
+def share_statistics(module: nn.Module, accelerator: "Accelerator") -> None:
+    """Give every process the BatchNorm statistics of the main one, which are those that are saved. Collective."""
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def synchronize_statistics(module: nn.Module, scope: BatchScope) -> None:
     """Replace every `BatchNorm2d` and `Dropout2d` inside `module` by one that acts on the batch of `scope`.
 

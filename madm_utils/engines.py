@@ -10,6 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ class TrainingAccelerator(Accelerator):
         has_gpu = torch.accelerator.is_available()
         # BatchNorm statistics stay per process, as published; synchronised gradients are views of DDP's buckets.
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        # The others wait while the main process writes a checkpoint or reaches the Hub.
+        patience = {"timeout": timedelta(hours=2)}
         # Without `cpu`, several processes on a machine without GPU would not form a group, and each write the results.
         cpu, plugins = not has_gpu, {}
         if self.engine == "fsdp":
@@ -138,7 +141,8 @@ class TrainingAccelerator(Accelerator):
         elif self.engine == "deepspeed":
             cpu, plugins["deepspeed_plugin"] = False, _deepspeed_plugin(precision, max_grad_norm)
             if not has_gpu:
-                handlers.append(InitProcessGroupKwargs(backend="gloo"))
+                patience["backend"] = "gloo"
+        handlers.append(InitProcessGroupKwargs(**patience))
         super().__init__(
             cpu=cpu,
             # Told of it, DeepSpeed would turn the weights into bf16.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from madm_utils.cli import UserError
 from madm_utils.datasets import EvaluationDataset
+from madm_utils.distributed import share_statistics
 from madm_utils.interruption import ignore_stop_signals
 from madm_utils.metrics import confusion_matrix, scores
 from madm_utils.modeling_madm import MADMModel
@@ -38,6 +39,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def main_statistics(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Let every process use the BatchNorm statistics of the main one, which are those that are saved. Collective.
+
+    In training each process gathers its own, as published.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    own = [buffer.clone() for buffer in model.segmenter.buffers()]
+    share_statistics(model.segmenter, accelerator)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(model.segmenter.buffers(), own, strict=True):
+            buffer.copy_(value)
 
 
 def evaluate(
@@ -79,7 +98,11 @@ def evaluate(
     loader, counted = _share_of_process(dataset, accelerator, batch_size, num_images or len(dataset), num_workers)
     confusion = torch.zeros((model.task.num_classes + 1,) * 2, dtype=torch.int64, device=accelerator.device)
     options = {"desc": "evaluate", "unit": "image", "disable": not accelerator.is_main_process, **progress}
-    with evaluation_mode(model), tqdm(total=sum(map(len, counted)), **options) as bar:
+    with (
+        evaluation_mode(model),
+        main_statistics(model, accelerator),
+        tqdm(total=sum(map(len, counted)), **options) as bar,
+    ):
         arriving = iter(loader)
         for position in range(len(loader)):
             problem = ""

@@ -23,6 +23,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what writing below `folder` raises, e.g. because the disk is full, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error}); make room or give another --output_dir") from None
+
+
 def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling of `folder`, then give it its final name, replacing an older one.
 

@@ -8,7 +8,8 @@ from types import FrameType
 _SAME_REQUEST_SECONDS = 1.0
 """Launchers pass a signal on that the whole process group has got already; both copies are one request."""
 
-_stop_signals = {signal.SIGTERM, signal.SIGINT}
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_IGNORED_BY_WORKERS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class StopSignals:
@@ -23,14 +24,13 @@ class StopSignals:
     """
 
     def __init__(self, preempt_signal: str | None = None):
-        if preempt_signal is not None:
-            _stop_signals.add(signal.Signals[f"SIG{preempt_signal}"])
+        self._numbers = {*_STOP_SIGNALS, *([signal.Signals[f"SIG{preempt_signal}"]] if preempt_signal else [])}
         self.received: int | None = None
         self._first: dict[int, float] = {}
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in _stop_signals}
+        self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,5 +47,5 @@ class StopSignals:
 def ignore_stop_signals(worker_id: int) -> None:
     """`worker_init_fn` of a DataLoader: its workers go on, because a signal to the whole process group reaches them
     too, and the run needs them for the step that it is in. They end with the run."""
-    for number in _stop_signals:
+    for number in (number for number in signal.Signals if number.name in _IGNORED_BY_WORKERS):
         signal.signal(number, signal.SIG_IGN)

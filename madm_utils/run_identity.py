@@ -7,8 +7,11 @@ _FREE_SETTINGS = {
     "dataloader_num_workers", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "preempt_signal", "validation_steps", "validate_on", "logging_steps", "report_to",
     "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "gradient_checkpointing",
-    "allow_tf32", "device", "versions",
+    "allow_tf32", "device", "engine", "versions",
 }  # fmt: skip
+
+SIDE_EFFECTS = {"max_train_steps": "; schedules that depend on the length of the training are stretched"}
+"""What to know about a free setting that has changed."""
 
 
 def identity(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -19,11 +22,12 @@ def identity(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         record: what `run.json` holds.
     """
     task = config["task"]
-    fields = ("name", "class_names", "palette", "source_label_map", "target_label_map")
-    values = {f"task {field}": task.get(field) for field in fields}
+    values = {f"task {field}": value for field, value in task.items() if field != "hyperparameters"}
     values |= {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
     # The flags, and what came from the launcher and the machine.
-    values |= record["settings"] | {key: record[key] for key in ("mixed_precision", "num_processes", "device")}
+    values |= record["settings"] | {
+        key: record[key] for key in ("mixed_precision", "num_processes", "device", "engine")
+    }
     values["world size x batch"] = record["num_processes"] * record["settings"]["train_batch_size"]
     for group in ("data", "versions"):
         values |= {f"{group} {key}": value for key, value in record[group].items()}

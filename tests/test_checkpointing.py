@@ -36,6 +36,7 @@ RECORD = {
     "mixed_precision": "no",
     "num_processes": 1,
     "device": "cpu",
+    "engine": "NO",
     "versions": {"torch": "2.13.0"},
 }
 WEIGHTS = {"w": torch.arange(500.0)}
@@ -285,6 +286,8 @@ def changed(values, path, value):
         ("num_processes", 2, "num_processes: 1 -> 2; world size x batch: 2 -> 4"),
         ("mixed_precision", "bf16", "mixed_precision: no -> bf16"),
         ("data", {**RECORD["data"], "synthetic_depth/train": "xyz"}, "data synthetic_depth/train: def -> xyz"),
+        ("data", {**RECORD["data"], "base model": "123"}, "data base model: None -> 123"),
+        ("data", {"synthetic_rgb/train": "abc"}, "data synthetic_depth/train: def -> None"),
     ],
 )
 def test_a_run_that_would_be_another(path, value, message, checkpoint):
@@ -299,6 +302,8 @@ def test_a_run_that_would_be_another(path, value, message, checkpoint):
         ("unet_tuning", "full", "unet_tuning: lora -> full"),
         ("noise_in_latent_dtype", True, "noise_in_latent_dtype: False -> True"),
         ("task/name", "other", "task name: synthetic_to_depth -> other"),
+        ("task/target", "elsewhere", "task target: synthetic_depth -> elsewhere"),
+        ("task/source_size", [64, 64], r"task source_size: \[128, 128\] -> \[64, 64\]"),
         ("task/source_label_map", {"3": 1}, r"task source_label_map: None -> \{'3': 1\}"),
     ],
 )
@@ -315,7 +320,8 @@ def test_harmless_changes_are_logged(checkpoint, caplog):
     now["settings"]["flag_of_a_later_version"] = 3
     check_resume(checkpoint, "", changed(now, "device", "cuda"), CONFIG, logging.getLogger())
     assert [record.getMessage().removeprefix("resuming with another ") for record in caplog.records] == [
-        "max_train_steps: 9 -> 20", "device: cpu -> cuda", "versions torch: 2.13.0 -> 2.14.0",
+        "max_train_steps: 9 -> 20; schedules that depend on the length of the training are stretched",
+        "device: cpu -> cuda", "versions torch: 2.13.0 -> 2.14.0",
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tiny_model import write_data
 
 from madm_utils.cli import UserError
 from madm_utils.engines import check_engine
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.tracking import LOG_NAME
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +64,12 @@ def test_every_config_is_launched_here():
 # --- launched --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "processes"), [("single_gpu", 1), ("multi_gpu", 2)])
-def test_dry_run(config, processes, data, tmp_path):
-    """Everything is built in the config's processes and precision, and nothing is written."""
-    port = () if processes == 1 else ("--main_process_port", free_port())
-    out = finish(start(config, *port, flags=train_flags(data, tmp_path / "o", "--dry_run")))
-    assert f"{processes} x cpu, precision bf16" in out and out.count("dry run:") == 1
+def test_dry_run(data, tmp_path):
+    """Everything is built in the configs' processes and precision, and nothing is written."""
+    flags = train_flags(data, tmp_path / "o", "--dry_run")
+    launched = [start("single_gpu", flags=flags), start("multi_gpu", "--main_process_port", free_port(), flags=flags)]
+    for processes, out in enumerate(map(finish, launched), start=1):
+        assert f"{processes} x cpu, precision bf16" in out and out.count("dry run:") == 1
     assert not (tmp_path / "o").exists()
 
 
@@ -135,6 +136,16 @@ def test_engine_goes_on_like_ddp(config, kind, unet_share, ddp_run, data, tmp_pa
     ]
     assert states[0] == states[1]
     assert "optimizer" in states[0] and (tmp_path / "out/madm_config.json").exists()
+
+
+def test_fsdp2_as_its_config_says(data, tmp_path):
+    """In bf16, with the LoRA and the recomputation that docs/training.md advises; also what validates."""
+    flags = train_flags(data, tmp_path / "out", "--unet_tuning", "lora", "--gradient_checkpointing")
+    flags += ["--max_train_steps", "1", "--validate_on", "test", "--report_to", "none"]
+    out = finish(start("fsdp2", "--main_process_port", free_port(), flags=flags))
+    assert "2 x cpu, precision bf16" in out and "mIoU" in out
+    model = MADMModel.from_pretrained(tmp_path / "out")
+    assert all(p.isfinite().all() for p in model.parameters()) and model.unet_tuning == "lora"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

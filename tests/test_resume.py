@@ -82,9 +82,11 @@ def test_killed_while_starting_in_a_step_and_while_saving(setup, whole, server, 
 
 
 def test_two_processes_full_tuning_and_corrupt_images(setup, server, tmp_path):
-    """Also what was found to be corrupt is state; every process replaces images the same way."""
+    """Also what was found to be corrupt is state; every process replaces images the same way, and the statistics of a
+    teacher in evaluation mode, of which a checkpoint holds one set, are the same everywhere."""
     damage_image(setup.folder, tmp_path, "synthetic_depth/train")
     pair = replace(setup, folder=tmp_path, steps=6, processes=2, accumulation=1, workers=1, tuning="full")
+    pair = replace(pair, more=("--teacher_mode", "eval", "--validation_steps", "2", "--validate_on", "test"))
     pace = uninterrupted(pair, tmp_path / "whole", server.start)
     # A signal to one process alone stops both after the same step, and no one waits for ever.
     life = Life(pair, tmp_path / "killed", start=server.start)
@@ -99,6 +101,18 @@ def test_two_processes_full_tuning_and_corrupt_images(setup, server, tmp_path):
     assert last["records"][""]["num_processes"] == 2
     assert len(last["state"]["corrupt_samples"]) == 1
     assert "synthetic_depth/train" in last["state"]["corrupt_samples"][0]
+
+
+def test_a_launcher_hands_the_signal_on(setup, tmp_path):
+    """SIGTERM to torchrun, as a user stops it: the processes save the step that they are in."""
+    pair = replace(setup, processes=2, steps=100, accumulation=1, workers=0)
+    life = Life(pair, tmp_path / "out")
+    while life.running() and life.step() == 0:
+        time.sleep(0.01)
+    life.processes[0].send_signal(signal.SIGTERM)
+    assert life.processes[0].wait() != 0
+    stopped = re.search(r"stopped by SIGTERM after step (\d+); go on from checkpoint-(\d+) with", tail(life))
+    assert stopped and stopped[1] == stopped[2] == str(newest_step(tmp_path / "out")), tail(life)
 
 
 def test_differences_are_found(whole, tmp_path):

@@ -1,6 +1,7 @@
 """Several target modalities in one run: each adapter ends as if it had been trained alone, and they swap by name."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -44,9 +45,18 @@ def test_one_folder_per_modality(together):
 
 def test_an_adapter_trained_beside_another_equals_one_trained_alone(together, data, tmp_path):  # noqa: F811
     script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"))
-    alone = files(tmp_path / "alone")
-    assert alone == {k: v for k, v in files(together / "checkpoint-2/depth").items() if not k.startswith("training_")}
-    assert "pytorch_lora_weights.safetensors" in alone and len(alone) == 3
+    alone = files(tmp_path / "alone/checkpoint-2")
+    assert alone == files(together / "checkpoint-2/depth")
+    assert "pytorch_lora_weights.safetensors" in alone and len(alone) == 4
+
+
+def test_two_processes_give_the_same_adapters_as_one_task_alone(data, tmp_path):  # noqa: F811
+    """Two DDP wrappers around one UNet, whose adapters take turns."""
+    pair = {"launcher": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
+    done = script("train_madm.py", *train_flags(data, tmp_path / "both", *BOTH), **pair)
+    script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"), **pair)
+    assert "2 x cpu" in done.stdout
+    assert files(tmp_path / "alone/checkpoint-2") == files(tmp_path / "both/checkpoint-2/depth")
 
 
 def test_adapters_swap_by_name(together):

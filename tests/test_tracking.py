@@ -234,6 +234,8 @@ def test_two_processes(tmp_path):
         for report in (first, second):
             np.testing.assert_array_equal(report[f"confusion {batch_size}"], alone)
 
+    assert first["statistics"] and second["statistics"]
+
     # One process is told to stop, or finds a mistake: both end alike.
     assert first["stopped"] and second["stopped"]
     assert first["damaged"] == second["damaged"] == "image 3 is damaged"

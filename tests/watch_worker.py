@@ -55,6 +55,10 @@ report["bar_off"] = log.progress.disable
 
 model = MADMModel.from_pretrained(model_dir).train()
 dataset = EvaluationDataset(data_dir, model.task, "test", model.resolution)
+# Each process has statistics of its own, as training leaves them; those of the main one count.
+own = [
+    buffer.uniform_(1, 2).clone() if rank else buffer for n, buffer in model.segmenter.named_buffers() if "var" in n
+]
 indices = []
 for batch_size in (2, 8):  # 3 and 1 batches: never as many for both
     indices.append([])
@@ -63,6 +67,7 @@ for batch_size in (2, 8):  # 3 and 1 batches: never as many for both
     )
     report[f"confusion {batch_size}"] = confusion.tolist()
 report["indices"] = indices
+report["statistics"] = all(map(torch.equal, own, variances))
 report["stopped"] = evaluate(model, dataset, accelerator, stop=lambda: rank == 1, disable=True) is None
 report["damaged"] = failure(DamagedDataset(data_dir, model.task, "test", model.resolution))
 if rank == 1:
