@@ -56,9 +56,8 @@ report["bar_off"] = log.progress.disable
 model = MADMModel.from_pretrained(model_dir).train()
 dataset = EvaluationDataset(data_dir, model.task, "test", model.resolution)
 # Each process has statistics of its own, as training leaves them; those of the main one count.
-own = [
-    buffer.uniform_(1, 2).clone() if rank else buffer for n, buffer in model.segmenter.named_buffers() if "var" in n
-]
+variances = [buffer for name, buffer in model.segmenter.named_buffers() if "var" in name]
+own = [buffer.uniform_(1, 2).clone() if rank else buffer.clone() for buffer in variances]
 indices = []
 for batch_size in (2, 8):  # 3 and 1 batches: never as many for both
     indices.append([])
