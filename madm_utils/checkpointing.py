@@ -105,7 +105,8 @@ def remove_unfinished(output_dir: Path) -> None:
     """Delete what killed processes left half-written in a run folder and in those of its modalities."""
     _restore_replaced(output_dir)
     # Of sub-folders only what a training writes there: an evaluation may be writing beside it.
-    for path in [*output_dir.glob(".*.tmp-*"), *output_dir.glob("[!.]*/.final.tmp-*")]:
+    own = [path for name in ("final", "run.json") for path in output_dir.glob(f"[!.]*/.{name}.tmp-*")]
+    for path in [*output_dir.glob(".*.tmp-*"), *own]:
         remove = shutil.rmtree if path.is_dir() else os.unlink
         remove(path)
 
