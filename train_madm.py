@@ -342,15 +342,16 @@ def look(
     accelerator: Accelerator,
 ) -> None:
     """Pictures of the last pass and, where asked for, the score on a labelled split."""
-    if run.args.validation_steps:
+    if run.args.validation_steps and pictures:
         log.pictures(run.step, pictures, run.task, run.name)
     if not run.args.validate_on:
         return
     run.scores = validate(run, run.args.validate_on, accelerator, stop=lambda: stop.received is not None)
     if run.scores is not None:
         log.validation(run.step, run.scores, run.name)
-        if run.scores["miou"] > state.best.get(run.name, {"miou": -1.0})["miou"]:
-            state.best[run.name] = {"step": run.step, "miou": run.scores["miou"]}
+        best = state.best.get(run.name)
+        if best is None or best["split"] != run.args.validate_on or run.scores["miou"] > best["miou"]:
+            state.best[run.name] = {"step": run.step, "split": run.args.validate_on, "miou": run.scores["miou"]}
 
 
 def agree(signal: int, corrupt: set[str], state: State, args: Namespace, accelerator: Accelerator) -> int:
@@ -411,7 +412,8 @@ def build_run(
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
-    fingerprints = loader.dataset.fingerprints | {"base model": base_fingerprint(model.extractor.vae, model.unet)}
+    base = base_fingerprint(model.extractor.vae, model.unet, model.extractor.scheduler)
+    fingerprints = loader.dataset.fingerprints | {"base model": base}
     if checkpoint:
         now = run_record(args, task, fingerprints, accelerator)
         check_resume(checkpoint, name, now, model.config(), logger)
@@ -525,17 +527,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         with StopSignals(args.preempt_signal) as stop:
             signal = train(runs, state, log, stop, upload, accelerator)
             if not signal:
-                for run in runs if args.validate_on else ():
-                    run.scores = run.scores or validate(run, args.validate_on, accelerator)  # resumed at its end
+                if log.first_step == args.max_train_steps:  # resumed at its end: nothing was trained and looked at
+                    for run in runs:
+                        look(run, {}, state, log, stop, accelerator)
+                log.close()
                 save_final_model(runs, accelerator)
                 summary(runs, log, state, accelerator)
         log.close()
         accelerator.end_training()
         if signal:
             logger.info(stopped(signal, runs[0].step, output_dir))
+        elif upload is not None and stop.received:
+            logger.warning(f"told to stop before the upload; the model is complete: {upload.final_command()}")
         elif upload is not None:
             print(f"uploaded to {upload.finish()}")
     finally:
+        log.close()
         if upload is not None:
             upload.close()
     return 128 + signal if signal else 0

@@ -5,7 +5,6 @@ Defaults are layered: built-in default < the task's hyper-parameters < an explic
 
 import argparse
 import math
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,10 @@ def seed(text: str) -> int:
 
 
 def preempt_signal(text: str) -> str:
-    """argparse type: the name of a signal that a program can catch, without `SIG`."""
+    """argparse type: the name of a signal that clusters send before they end a job, without `SIG`."""
     name = text.upper().removeprefix("SIG")
-    if f"SIG{name}" not in signal.Signals.__members__ or name in ("KILL", "STOP"):
-        raise argparse.ArgumentTypeError(f"expected a signal such as USR1, got {text}")
+    if name not in ("HUP", "USR1", "USR2"):
+        raise argparse.ArgumentTypeError(f"expected HUP, USR1 or USR2, got {text}")
     return name
 
 
@@ -290,9 +289,9 @@ def _add_hub(group) -> None:
 
 
 # With several tasks these hold for the whole run; the others may differ by each task's hyper-parameters.
-_RUN_WIDE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed", "unet_tuning",
-             "quantize_base", "mixed_precision", "gradient_checkpointing", "sync_batch_statistics", "source_only",
-             "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit", "preempt_signal",
+_RUN_WIDE = ("revision", "variant", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed",
+             "unet_tuning", "quantize_base", "mixed_precision", "gradient_checkpointing", "sync_batch_statistics",
+             "source_only", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit", "preempt_signal",
              "validation_steps", "validate_on", "logging_steps", "report_to", "logging_dir")  # fmt: skip
 
 

@@ -147,17 +147,15 @@ def load_unet_config(base: BaseModelReference) -> dict:
         raise UserError(f"cannot load 'unet' of base model {base.pretrained_model_name_or_path}: {reason}") from None
 
 
-def base_fingerprint(vae: AutoencoderKL, unet: UNet2DConditionModel) -> str:
-    """Digest that tells base models apart: configurations and first convolutions (which no quantisation touches)."""
-    digest = hashlib.sha256()
-    for model, first in ((vae, vae.encoder.conv_in), (unet, unet.conv_in)):
-        config = {
-            key: value
-            for key, value in model.config.items()
-            if not key.startswith("_") and key != "quantization_config"
-        }
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        digest.update(first.weight.detach().float().cpu().numpy().tobytes())
+def base_fingerprint(vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: DDPMScheduler) -> str:
+    """Digest that tells base models apart: first and last convolutions (which no quantisation touches), noise levels.
+
+    Not the configurations, to which a newer diffusers adds entries.
+    """
+    tensors = [vae.encoder.conv_in.weight, vae.decoder.conv_out.weight, unet.conv_in.weight, unet.conv_out.weight]
+    digest = hashlib.sha256(str(vae.config.scaling_factor).encode())
+    for tensor in (*tensors, scheduler.alphas_cumprod):
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 MARKER_NAME = "checkpoint.json"
 STATE_NAME = "training_state"
 FORMAT = 1
+_WRITTEN = ("checkpoint-*", "final", "upload", "run.json", "README.md", "training_log.jsonl", "step-*.png")
+"""What a training writes under temporary names; others may be those of an evaluation beside it."""
 SAVE_ERRORS = (OSError, SafetensorError)
 """What writing a checkpoint raises when the disk is full or fails."""
 
@@ -104,9 +106,7 @@ def rotate_checkpoints(newest: Path, limit: int | None) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Delete what killed processes left half-written in a run folder and in those of its modalities."""
     _restore_replaced(output_dir)
-    # Of sub-folders only what a training writes there: an evaluation may be writing beside it.
-    own = [path for name in ("final", "run.json") for path in output_dir.glob(f"[!.]*/.{name}.tmp-*")]
-    for path in [*output_dir.glob(".*.tmp-*"), *own]:
+    for path in [path for name in _WRITTEN for path in output_dir.glob(f"**/.{name}.tmp-*")]:
         remove = shutil.rmtree if path.is_dir() else os.unlink
         remove(path)
 

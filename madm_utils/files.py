@@ -1,5 +1,6 @@
 """Files and folders that are either complete or absent."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            raise  # no matter of the disk, e.g. a tracker without network
         raise UserError(f"cannot write in {folder} ({error}); make room or give another --output_dir") from None
 
 

@@ -130,7 +130,7 @@ class HubUpload:
             raise UserError(
                 f"--push_to_hub: {self.repo_id} on the Hub cannot be written to ({self._reason(error)}). Check "
                 "--hub_model_id, the token (`hf auth login`, or --hub_token; it needs the right to write) and the "
-                f"network; or train without --push_to_hub and upload afterwards: {self._final_command()}"
+                f"network; or train without --push_to_hub and upload afterwards: {self.final_command()}"
             ) from None
         if self.private and not info.private:
             raise UserError(
@@ -222,7 +222,7 @@ class HubUpload:
         if thread is not None:
             logger.info("waiting for the upload of checkpoints")
             thread.join()
-        by_hand = {self._final_command(): self._upload_final}
+        by_hand = {self.final_command(): self._upload_final}
         for snapshot in [*self._failed, *self._waiting]:
             if (self.folder / snapshot.name).exists():
                 command = self._checkpoint_command(snapshot.name)
@@ -250,7 +250,8 @@ class HubUpload:
             commit_message="End of training",
         )
 
-    def _final_command(self) -> str:
+    def final_command(self) -> str:
+        """The command that uploads the final model by hand."""
         private = ["--private"] if self.private else []
         include = [word for pattern in self._files for word in ("--include", pattern)]
         delete = [word for pattern in self._stale for word in ("--delete", pattern)]

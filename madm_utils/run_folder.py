@@ -180,9 +180,10 @@ def publish_model(folder: Path, save: Callable[[Path], None]) -> None:
                 shutil.rmtree(folder / path.name)
             path.replace(folder / path.name)
     except SAVE_ERRORS as error:
+        checkpoints = list_checkpoints(folder) or list_checkpoints(folder.parent)
+        go_on = "finish with the same command and --resume_from_checkpoint latest" if checkpoints else "start again"
         raise UserError(
-            f"the trained model could not be written to {folder} ({error}); make room, then finish with the same "
-            "command and --resume_from_checkpoint latest"
+            f"the trained model could not be written to {folder} ({error}); make room, then {go_on}"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -191,8 +191,10 @@ class TrainingLog:
             )
 
     def close(self) -> None:
-        """Take the progress bar off the screen's last line."""
+        """Take the progress bar off the screen's last line, and have the trackers write what they hold."""
         self.progress.close()
+        self._track(lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
 
     def _mean_over_processes(self, values: dict[str, Tensor | float]) -> dict[str, float | list[float]]:
         """Means as Python numbers; also updates `memory_gib`."""
