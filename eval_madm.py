@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from madm_utils.args import add_inference_arguments, add_task_arguments, formatter, non_negative_int, positive_int
+from madm_utils.args import (
+    add_data_arguments,
+    add_inference_arguments,
+    add_task_arguments,
+    formatter,
+    non_negative_int,
+    positive_int,
+)
 from madm_utils.cli import UserError, run
 from madm_utils.files import check_writable
 from madm_utils.hub import versions
@@ -57,7 +64,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_inference_arguments(parser)
     add_task_arguments(parser, "check that the model is of this task")
     group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", required=True, type=Path, help="prepared data, written by prepare_datasets.py")
+    add_data_arguments(group)
     group.add_argument("--split", default="test", help="labelled split of the target dataset")
     group.add_argument(
         "--protocol", choices=("paper", "native"), default="paper",
@@ -114,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ).to(accelerator.device)
     if expected is not None:
         check_task(model.task, expected, args.model_path)
-    dataset = EvaluationDataset(args.data_dir, model.task, args.split, model.resolution, args.protocol)
+    dataset = EvaluationDataset(args.data_dir, model.task, args.split, model.resolution, args.protocol, args.streaming)
     num_images = min(len(dataset), args.max_samples or len(dataset))
     confusion, pictures = evaluate_with_pictures(model, dataset, accelerator, num_images, args)
     accelerator.end_training()

@@ -1,261 +1,328 @@
 #!/usr/bin/env python
-"""Turn raw datasets in their official folder layouts into the Arrow data that training and evaluation read.
+"""Turn raw datasets, unpacked or still in their archives, into the Arrow data that training and evaluation read.
 
-Source and target of a published task, from `raw/Cityscapes`, `raw/DELIVER`, ...:
+Source and target of a published task, from `raw/Cityscapes`, `raw/DELIVER.zip`, ...:
     python prepare_datasets.py --task cityscapes_to_deliver_depth --raw_dir raw --output_dir data
 
 Procedural street scenes, no download needed:
     python prepare_datasets.py --dataset synthetic --output_dir data
 
-The same scenes as four raw datasets in their official layouts:
-    python prepare_datasets.py --dataset synthetic --as_raw --output_dir raw
+Your own images, unlabelled, and labelled ones for the test:
+    python prepare_datasets.py --dataset folder --name my_sensor --images photos --output_dir data
+    python prepare_datasets.py --dataset folder --name my_sensor --split test --images test/images \\
+        --labels test/labels --label_map classes.yaml --output_dir data
 
-Check prepared data that is already there:
+Check data, raw or prepared: a table, report.json, and a picture per split:
+    python prepare_datasets.py --task cityscapes_to_deliver_depth --raw_dir raw --output_dir data --verify raw
     python prepare_datasets.py --task cityscapes_to_deliver_depth --output_dir data --verify
+
+On many machines, e.g. as a SLURM array of 8 jobs, and then once:
+    python prepare_datasets.py --dataset cityscapes --raw_dir raw --output_dir data --shard $SLURM_ARRAY_TASK_ID/8
+    python prepare_datasets.py --dataset cityscapes --output_dir data --merge
+
+A command that was interrupted goes on where it stopped when it is given again.
 """
 
 import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from madm_utils import cli
-from madm_utils.args import formatter, positive_int
+from madm_utils.arrow_writer import (
+    SplitPlan,
+    check_chunks,
+    collect_chunks,
+    plan_raw_split,
+    plan_synthetic_split,
+    publish_split,
+    write_chunks,
+)
 from madm_utils.cli import UserError
-from madm_utils.file_lists import ListedPaths, find_listed_files, read_file_lists
-from madm_utils.raw_datasets import RAW_DATASETS, find_files, find_root
+from madm_utils.conversion import PublishedStatistics, RawConversion
+from madm_utils.file_lists import find_listed_files, read_file_lists
+from madm_utils.files import check_writable, replace_folder
+from madm_utils.prepare_args import (
+    SYNTHETIC_DATASETS,
+    event_settings,
+    on_error,
+    parse_prepare_args,
+    stored_size,
+)
+from madm_utils.prepared_data import Metadata
+from madm_utils.raw_datasets import RAW_DATASETS
+from madm_utils.raw_files import RawPath, RawTree
+from madm_utils.raw_folder import find_folder_files
+from madm_utils.raw_search import RawDataset, RawFile, RawOptions, find_files
 from madm_utils.sampling import evenly_spaced
-from madm_utils.tasks import TASKS, load_task
+from madm_utils.tasks import TASKS
 
-SYNTHETIC_DATASETS = ("synthetic_rgb", "synthetic_depth", "synthetic_infrared", "synthetic_event")
+if TYPE_CHECKING:
+    from madm_utils.verification_report import Report
+
 RARE_CLASS_MIN_PIXELS = 3000
 """Published threshold of rare-class sampling, for the summary only."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    what = parser.add_argument_group("what to prepare (give one)")
-    what.add_argument("--task", help=f"source and target of a task: {', '.join(TASKS)}")
-    what.add_argument("--task_config", type=Path, help="JSON or YAML file of your own task between known datasets")
-    what.add_argument("--dataset", help=f"one dataset: {', '.join(RAW_DATASETS)}, or synthetic (all four modalities)")
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--raw_dir", type=Path, help="folder that holds the official folders Cityscapes/, DELIVER/, FMB/, DSEC/"
-    )
-    where.add_argument("--output_dir", type=Path, required=True, help="prepared data; --data_dir of the other scripts")
-    where.add_argument(
-        "--file_list",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="one or two published JSON file lists (training, test); only the splits they list are prepared. "
-        "Their paths are relative to --raw_dir or to the dataset's folder",
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--num_proc", type=positive_int, default=os.cpu_count() or 1, help="processes; default: every core"
-    )
-    how.add_argument(
-        "--max_samples", type=positive_int, help="at most this many images per split, evenly spaced (default: all)"
-    )
-    how.add_argument(
-        "--verify",
-        action="store_true",
-        help="re-read the prepared data and check it; what is prepared already is only checked",
-    )
-    how.add_argument("--overwrite", action="store_true", help="replace splits that --output_dir holds already")
-    synthetic = parser.add_argument_group("synthetic data")
-    synthetic.add_argument("--num_train", type=positive_int, default=400, help="training scenes per modality")
-    synthetic.add_argument("--num_test", type=positive_int, default=60, help="test scenes per modality")
-    synthetic.add_argument("--resolution", type=positive_int, default=128, help="height of a scene in pixels")
-    synthetic.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
-    synthetic.add_argument("--as_raw", action="store_true", help="write the four official raw layouts instead")
-    return parser.parse_args(argv)
+STATISTICS_FILE = "sample_class_stats.json"
+"""DAFormer's class statistics; compared with what is counted, if they lie in a dataset's root."""
 
 
-def choose_datasets(args: argparse.Namespace) -> list[str]:
-    """Names of the prepared datasets that the command asks for, source first.
+UNPACKED = ".unpacked"
+"""Folder below --output_dir for the decompressed copies of compressed tar archives, while the command runs."""
 
-    Raises:
-        UserError: unknown task or dataset, or flags that do not fit together.
+
+@dataclass(frozen=True)
+class RawSplitFiles:
+    """One split of a raw dataset: what it is, and its files, found and paired."""
+
+    dataset: RawDataset
+    split: str
+    files: list[RawFile]
+    statistics: PublishedStatistics | None = None
+
+
+def find_raw_splits(
+    args: argparse.Namespace, on_problem: Callable[[RawDataset, str, UserError], None] | None = None
+) -> list[RawSplitFiles]:
+    """The raw datasets of the command, split by split, source first. Writes nothing.
+
+    What is wrong with a split is raised, or told to `on_problem` where that is given.
     """
-    if sum(value is not None for value in (args.task, args.task_config, args.dataset)) != 1:
-        raise UserError("give exactly one of --task NAME, --task_config FILE and --dataset NAME")
-    known = (*RAW_DATASETS, *SYNTHETIC_DATASETS)
-    if args.dataset == "synthetic":
-        names = list(SYNTHETIC_DATASETS)
-    elif args.dataset is not None:
-        names = [args.dataset]
-    else:
-        task = load_task(args.task, args.task_config)
-        names = list(dict.fromkeys((task.source, task.target)))
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"unknown dataset '{name}'; known: {', '.join(known)}, and synthetic for all of the last four"
-            )
-    if args.resolution < 32:
-        raise UserError(f"--resolution must be at least 32, got {args.resolution}")
-    if args.as_raw and args.dataset != "synthetic":
-        raise UserError("--as_raw draws raw layouts of synthetic scenes; use it with --dataset synthetic")
-    if args.file_list and not set(names) & set(RAW_DATASETS):
-        raise UserError("--file_list selects files of the raw datasets; synthetic data has none")
-    return names
-
-
-def plan_dataset(name: str, args: argparse.Namespace, lists: dict[tuple[str, str], ListedPaths]) -> list:
-    """The splits of one dataset as `SplitPlan`s, after finding and pairing its files; writes nothing."""
-    from madm_utils.arrow_writer import plan_raw_split, plan_synthetic_split
-
-    if name in SYNTHETIC_DATASETS:
-        counts = {"train": args.num_train, "test": args.num_test}
-        modality = name.removeprefix("synthetic_")
-        return [
-            plan_synthetic_split(
-                modality, split, split == "test" or modality == "rgb",
-                min(count, args.max_samples or count), args.seed, args.resolution,
-            )
-            for split, count in counts.items()
-        ]  # fmt: skip
-    dataset = RAW_DATASETS[name]
+    if args.dataset == "folder":
+        if args.images is None:
+            raise UserError("--dataset folder needs --images, a folder or archive of images")
+        scratch = args.output_dir / UNPACKED
+        dataset, files = find_folder_files(args.name, args.images, args.labels, args.label_map, args.split, scratch)
+        return [RawSplitFiles(dataset, args.split, files)]
+    names = [name for name in args.names if name in RAW_DATASETS]
+    if not names:
+        return []
     if args.raw_dir is None:
-        raise UserError(f"--raw_dir is needed: the folder that holds the official {dataset.folder} tree")
-    role = "source" if name in {task.source for task in TASKS.values()} else "target"
-    root = find_root(dataset, args.raw_dir, any_layout=bool(lists))
+        raise UserError(f"--raw_dir is needed: the folder that holds {', '.join(names)} as downloaded")
+    lists = read_file_lists(args.file_list)
+    tree = RawTree.open(args.raw_dir, args.output_dir / UNPACKED)
+    options = RawOptions(events=event_settings(args))
+    found = []
+    for name in names:
+        dataset = RAW_DATASETS[name]
+        role = "source" if name in {task.source for task in TASKS.values()} else "target"
+        for split in dataset.splits:
+            if lists and (role, split) not in lists:
+                continue
+            try:
+                if lists:
+                    files = find_listed_files(dataset, split, tree, lists[role, split])
+                else:
+                    files = find_files(dataset, split, tree, options)
+            except UserError as error:
+                if on_problem is None:
+                    raise
+                on_problem(dataset, split, error)
+                continue
+            if files:
+                statistics = find_statistics(tree, files) if split == "train" else None
+                found.append(RawSplitFiles(dataset, split, files, statistics))
+    if not found and on_problem is None:
+        raise UserError(f"the file lists name no split of {', '.join(names)}; which dataset are they for?")
+    return found
+
+
+def find_statistics(tree: RawTree, files: list[RawFile]) -> PublishedStatistics | None:
+    """Published class statistics in the root of labelled `files`, `None` if there are none."""
+    for path, found in tree.files.items():
+        root = path.removesuffix(STATISTICS_FILE)
+        if root != path and root + files[0].file_name in tree.files and files[0].label is not None:
+            return PublishedStatistics.load(found)
+    return None
+
+
+def event_settings_of(file: RawFile) -> dict[str, Any] | None:
+    """How the picture or the tensor of a file is made from events, `None` if it is not."""
+    window = file.events if file.events is not None else file.image
+    return None if isinstance(window, RawPath) else asdict(window.settings)
+
+
+def make_plans(args: argparse.Namespace) -> list[SplitPlan]:
+    """What is to be written, split by split; writes nothing."""
     plans = []
-    for split in dataset.splits:
-        if not lists:
-            files = find_files(dataset, split, root)
-        elif (role, split) in lists:
-            files = find_listed_files(dataset, split, args.raw_dir, root, lists[role, split])
-        else:
-            continue
-        if files:
-            selected = [files[i] for i in evenly_spaced(len(files), args.max_samples)]
-            plans.append(plan_raw_split(name, split, root, selected))
+    for name in args.names:
+        if name in SYNTHETIC_DATASETS:
+            modality = name.removeprefix("synthetic_")
+            for split, count in (("train", args.num_train), ("test", args.num_test)):
+                labelled = split == "test" or modality == "rgb"
+                count = min(count, args.max_samples or count)
+                plans.append(plan_synthetic_split(modality, split, labelled, count, args.seed, args.resolution))
+    for found in find_raw_splits(args):
+        spec = found.dataset.splits.get(found.split)
+        size = stored_size(args, spec.stored_size if spec else None, found.split)
+        files = [found.files[i] for i in evenly_spaced(len(found.files), args.max_samples)]
+        settings = {"image_range": args.image_range, "events": event_settings_of(files[0])}
+        plans.append(
+            plan_raw_split(found.dataset, found.split, files, size, settings, args.image_range, found.statistics)
+        )
     return plans
 
 
-def skip_prepared(plans: list, args: argparse.Namespace) -> list:
+def skip_prepared(plans: list[SplitPlan], args: argparse.Namespace) -> list[SplitPlan]:
     """Return the plans still to be written.
 
-    A source dataset that an earlier task has prepared from the same files is kept, unless everything is there;
-    with `--verify` whatever is there is kept and checked.
+    A source dataset that an earlier task has prepared from the same files is kept, unless everything is there; when
+    the prepared data are to be checked or uploaded, whatever is there is kept.
 
     Raises:
         UserError: splits are there already and neither `--overwrite` nor the above holds.
     """
-    from madm_utils.prepared_data import Metadata, verify_split
-
     there = [] if args.overwrite else [p for p in plans if (args.output_dir / p.dataset / p.split).exists()]
     for plan in there:
         folder = args.output_dir / plan.dataset / plan.split
-        if args.verify:
-            verify_split(folder)
-        elif len(there) == len(plans) or Metadata.load(folder).fingerprint != plan.fingerprint:
+        same = Metadata.load(folder).fingerprint == plan.fingerprint
+        if (len(there) == len(plans) and not (args.verify or args.push_to_hub)) or not (same or args.verify):
+            made = "the same files with the same settings" if same else "other files or with other settings"
             raise UserError(
-                f"{folder} already holds prepared data; add --overwrite to replace it, choose another --output_dir, "
-                "or add --verify to check what is there"
+                f"{folder} already holds prepared data, made from {made}; add --overwrite to replace it, choose "
+                "another --output_dir, or add --verify to check what is there"
             )
-        else:
-            print(f"{plan.dataset} {plan.split}: already prepared from the same files, kept")
+        print(f"{plan.dataset} {plan.split}: already prepared{' from the same files' if same else ''}, kept")
     return [plan for plan in plans if plan not in there]
 
 
-def verify_prepared(names: list[str], output_dir: Path) -> list[Path]:
-    """Check every prepared split of the datasets `names`; return their folders."""
-    from madm_utils.prepared_data import verify_split
+def prepare(plans: list[SplitPlan], args: argparse.Namespace) -> None:
+    """Write every plan, and only when all are complete give them their names."""
+    check_writable(args.output_dir)
+    for plan in plans:
+        write_chunks(plan, args.output_dir, args.num_proc, args.shard, on_error(args), args.overwrite)
+        if isinstance(plan.convert, RawConversion) and plan.convert.published:
+            print(f"{plan.dataset} {plan.split}: class statistics agree with {plan.convert.published.path}")
+    if args.shard.count > 1:
+        print(f"share {args.shard} is done; when all are: the same command with --merge in place of --shard")
+        return
+    for plan in plans:
+        publish_split(args.output_dir, plan.dataset, plan.split)
 
+
+def merge(args: argparse.Namespace) -> list[Path]:
+    """`--merge`: join the shares of every split that is in progress, check their content, and publish them."""
+    check_writable(args.output_dir)
+    places = [args.output_dir, *args.merge]
+    splits = sorted(
+        {
+            (name, path.name[1:].removesuffix(".partial"))
+            for name in args.names
+            for place in places
+            for path in (place / name).glob(".*.partial")
+        }
+    )
+    if not splits:
+        where = ", ".join(str(place / name) for place in places for name in args.names)
+        raise UserError(f"nothing to merge: no share of --shard in {where}")
+    for dataset, split in splits:
+        final = args.output_dir / dataset / split
+        if final.exists() and not args.overwrite:
+            raise UserError(f"{final} already holds prepared data; add --overwrite to replace it")
+        collect_chunks(args.merge, args.output_dir, dataset, split)
+        check_chunks(args.output_dir, dataset, split)
+    for dataset, split in splits:
+        publish_split(args.output_dir, dataset, split)
+    return [args.output_dir / dataset / split for dataset, split in splits]
+
+
+def prepared_folders(args: argparse.Namespace) -> list[Path]:
+    """Folders of the splits that are prepared already, of every dataset that the command names.
+
+    Raises:
+        UserError: a dataset has none.
+    """
     folders = []
-    for name in names:
-        splits = sorted(folder for folder in (output_dir / name).glob("[!.]*") if folder.is_dir())
+    for name in args.names:
+        splits = sorted(folder for folder in (args.output_dir / name).glob("[!.]*") if folder.is_dir())
         if not splits:
             raise UserError(
-                f"nothing to verify: {output_dir / name} holds no prepared data; prepare it with --raw_dir"
+                f"nothing to verify: {args.output_dir / name} holds no prepared data; prepare it with --raw_dir"
             )
         folders += splits
-    for folder in folders:
-        verify_split(folder)
     return folders
 
 
-@contextmanager
-def staging(output_dir: Path) -> Iterator[Path]:
-    """Yield a temporary folder inside `output_dir`; afterwards it is gone, and so is an `output_dir` left empty."""
-    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {output_dir}: {existing} is a file; choose another folder")
-    temporary = output_dir / f".prepare.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror})") from None
-    try:
-        yield temporary
-    except OSError as error:
-        raise UserError(f"writing below {output_dir} failed ({error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in (output_dir, *output_dir.parents):
-            if folder == existing or any(folder.iterdir()):
-                break
-            folder.rmdir()
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Rename the complete folder `staged` to `final`; a folder it replaces is moved to `staged.replaced` first."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        final.rename(staged.with_name(staged.name + ".replaced"))
-    staged.rename(final)
-
-
-def prepare(plans: list, args: argparse.Namespace) -> None:
-    """Write every plan, verify if asked, and only then rename the results into place."""
-    from madm_utils.arrow_writer import check_published_statistics, write_split
-    from madm_utils.prepared_data import verify_split
-
-    with staging(args.output_dir) as temporary:
-        for plan in plans:
-            folder = temporary / plan.dataset / plan.split
-            write_split(plan, folder, temporary / "cache", args.num_proc)
-            shutil.rmtree(temporary / "cache")
-            statistics = check_published_statistics(plan, folder)
-            if statistics:
-                print(f"{plan.dataset} {plan.split}: class statistics agree with {statistics}")
-            if args.verify:
-                verify_split(folder)
-        for plan in plans:
-            publish(temporary / plan.dataset / plan.split, args.output_dir / plan.dataset / plan.split)
-
-
 def write_raw_scenes(args: argparse.Namespace) -> None:
-    """`--as_raw`: draw the scenes as Cityscapes/, DELIVER/, FMB/ and DSEC/ trees under `--output_dir`."""
-    from madm_utils.raw_layouts import write_raw_layouts
+    """`--as_raw`: draw the scenes in the official layouts under `--output_dir`."""
+    from madm_utils.raw_layouts import ALL_LAYOUTS, TASK_LAYOUTS, write_raw_layouts
 
-    folders = [args.output_dir / dataset.folder for dataset in RAW_DATASETS.values()]
-    there = [str(folder) for folder in folders if folder.exists()]
+    there = [
+        str(args.output_dir / name)
+        for name in dict.fromkeys(dataset.folder for dataset in RAW_DATASETS.values())
+        if (args.output_dir / name).exists()
+    ]
     if there and not args.overwrite:
         raise UserError(
             f"{', '.join(there)} already there; add --overwrite to replace, or choose another --output_dir"
         )
-    with staging(args.output_dir) as temporary:
-        write_raw_layouts(temporary / "raw", args.num_train, args.num_test, args.seed, args.resolution)
-        folders = sorted((temporary / "raw").iterdir())
+    check_writable(args.output_dir)
+    temporary = args.output_dir / f".raw.tmp-{os.getpid()}"
+    try:
+        layouts = ALL_LAYOUTS if args.as_raw == "all" else TASK_LAYOUTS
+        write_raw_layouts(
+            temporary, args.num_train, args.num_test, args.seed, args.resolution, layouts=layouts
+        )
+        folders = sorted(temporary.iterdir())
         for folder in folders:
-            publish(folder, args.output_dir / folder.name)
+            replace_folder(folder, args.output_dir / folder.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {', '.join(folder.name for folder in folders)} under {args.output_dir}")
+
+
+def verify_raw_files(args: argparse.Namespace) -> list["Report"]:
+    """`--verify raw`: read every raw file, as preparing would, without writing anything."""
+    from madm_utils.verification import unusable_raw, verify_raw
+
+    broken = []
+    found = find_raw_splits(args, lambda *problem: broken.append(unusable_raw(*problem)))
+    scratch = args.output_dir / UNPACKED
+    return broken + [
+        verify_raw(
+            one.dataset,
+            one.split,
+            one.files,
+            args.num_proc,
+            image_range=args.image_range,
+            complete=not args.file_list,
+            statistics=one.statistics,
+            scratch=scratch if scratch.is_dir() else None,
+        )
+        for one in found
+    ]
+
+
+def show(reports: list["Report"], output_dir: Path) -> int:
+    """Print and write what a verification found; return the exit code."""
+    from madm_utils.verification_report import print_report, write_report
+
+    for report in reports:
+        print_report(report)
+    print()
+    for name in dict.fromkeys(report.dataset for report in reports):
+        for path in write_report([report for report in reports if report.dataset == name], output_dir / name):
+            print(f"wrote {path}")
+    problems = sum(len(report.problems) for report in reports)
+    print(f"{problems} problems found" if problems else "verified: no problem found")
+    return 1 if problems else 0
+
+
+def push(args: argparse.Namespace) -> int:
+    """Upload."""
+    return 0
 
 
 def print_summary(folders: list[Path]) -> None:
     """Print the prepared splits, class frequencies, and the rare classes of a labelled training split."""
     import numpy as np
 
-    from madm_utils.prepared_data import Metadata, open_split
+    from madm_utils.prepared_data import open_split
 
     loaded = [Metadata.load(folder) for folder in folders]
     print(f"\n{'dataset':20} {'split':6} {'images':>7} {'labelled':>8}  {'height x width':14}  published")
@@ -265,7 +332,7 @@ def print_summary(folders: list[Path]) -> None:
         published = known.splits[data.split].published_count if known else None
         print(
             f"{data.dataset:20} {data.split:6} {data.num_images:7} {'yes' if data.labelled else 'no':>8}  {size:14}  "
-            f"{published or '-'}"
+            f"{published or '-'}" + (f"  ({len(data.skipped)} skipped)" if data.skipped else "")
         )
     for folder, data in zip(folders, loaded, strict=True):
         if not data.labelled:
@@ -285,25 +352,49 @@ def print_summary(folders: list[Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare, verify and summarise what the command line asks for."""
-    args = parse_args(argv)
-    names = choose_datasets(args)
+    """Prepare, verify, describe and upload what the command line asks for."""
+    args = parse_prepare_args(__doc__, argv)
+    try:
+        code = run(args)
+        if args.shard.count == 1:  # further shares read the decompressed archives, too
+            shutil.rmtree(args.output_dir / UNPACKED, ignore_errors=True)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted; finished shards are kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """What `main` does with the parsed command line; returns the exit code."""
     if args.as_raw:
         write_raw_scenes(args)
         return 0
-    if args.verify and not args.overwrite and args.raw_dir is None and set(names) & set(RAW_DATASETS):
-        folders = verify_prepared(names, args.output_dir)
+    if args.verify == "raw":
+        check_writable(args.output_dir)
+        return show(verify_raw_files(args), args.output_dir)
+    drawn = set(args.names) <= set(SYNTHETIC_DATASETS)
+    if args.merge is not None:
+        folders = merge(args)
+    elif (args.verify or args.push_to_hub) and not (args.raw_dir or args.images or args.overwrite or drawn):
+        folders = prepared_folders(args)
     else:
-        lists = read_file_lists(args.file_list)
-        plans = [plan for name in names for plan in plan_dataset(name, args, lists)]
-        if not plans:
-            raise UserError(f"the file lists name no split of {', '.join(names)}; which dataset are they for?")
+        plans = make_plans(args)
         prepare(skip_prepared(plans, args), args)
+        if args.shard.count > 1:
+            return 0
         folders = [args.output_dir / plan.dataset / plan.split for plan in plans]
-    print_summary(folders)
     if args.verify:
-        print("\nverified: every image decodes, and sizes, label ids and class statistics fit")
-    return 0
+        from madm_utils.verification import verify_prepared
+
+        code = show([verify_prepared(folder, args.num_proc) for folder in folders], args.output_dir)
+        if code:
+            return code
+    from madm_utils.dataset_card import write_dataset_card
+
+    for name in dict.fromkeys(folder.parent.name for folder in folders):
+        write_dataset_card(args.output_dir / name)
+    print_summary(folders)
+    return push(args)
 
 
 if __name__ == "__main__":

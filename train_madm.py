@@ -447,6 +447,7 @@ def build_loader(args: Namespace, task: Task, accelerator: Accelerator) -> torch
         rare_class_min_pixels=args.rare_class_min_pixels,
         max_train_samples=args.max_train_samples,
         target=not args.source_only,
+        streaming=args.streaming,
     )
     return torch.utils.data.DataLoader(
         dataset,

@@ -113,6 +113,19 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_arguments(group) -> None:
+    """Flags that say where the prepared data are."""
+    group.add_argument(
+        "--data_dir", required=True,
+        help="prepared data: --output_dir of prepare_datasets.py, a dataset on the Hub (user/name), or an address that"
+        " fsspec reads (hf://datasets/user/name@revision, s3://...)",
+    )  # fmt: skip
+    group.add_argument(
+        "--streaming", action="store_true",
+        help="data elsewhere: fetch images when they are needed, keep no copy on the disk; the results are the same",
+    )  # fmt: skip
+
+
 def train_parser(description: str) -> argparse.ArgumentParser:
     """The parser of `train_madm.py`, with built-in defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
@@ -127,7 +140,7 @@ def train_parser(description: str) -> argparse.ArgumentParser:
 
 
 def _add_data(group) -> None:
-    group.add_argument("--data_dir", required=True, help="prepared data, the --output_dir of prepare_datasets.py")
+    add_data_arguments(group)
     group.add_argument("--max_train_samples", type=positive_int, help="use N images of each domain, evenly spaced")
     group.add_argument("--dataloader_num_workers", type=non_negative_int, default=2, help="loader processes")
     group.add_argument(

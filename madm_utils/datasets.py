@@ -15,9 +15,11 @@ from torch.utils.data import Dataset, default_collate
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import IGNORE_INDEX, lookup_table
 from madm_utils.prepared_data import Metadata, UndecodableImage, decode_image, open_split
+from madm_utils.remote_data import DataError, RemoteFolder, list_folders, locate
 from madm_utils.sampling import RareClassSampler, evenly_spaced
+from madm_utils.split_rows import ParquetRows
 from madm_utils.tasks import TASKS, LabelMap, Task
-from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_label
+from madm_utils.transforms import Crop, apply_crop, draw_crop, resize_image, resize_label
 
 if TYPE_CHECKING:
     import datasets
@@ -28,11 +30,8 @@ _MAX_ATTEMPTS = 100
 PROTOCOLS = ("paper", "native")
 
 
-class CorruptDataError(UserError):
-    """Images that cannot be decoded; keeps its own message when a loader process hands it on inside a traceback."""
-
-    def __init__(self, message: str):
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+class CorruptDataError(DataError):
+    """Images that cannot be decoded."""
 
 
 class AdaptationDataset(Dataset):
@@ -47,14 +46,17 @@ class AdaptationDataset(Dataset):
     also `target_image` uint8 (3, R, R), and `corrupt`, one `dataset/split file (reason)` per image that was replaced.
 
     Args:
-        data_dir: prepared data, as `prepare_datasets.py --output_dir` wrote it.
+        data_dir: prepared data, as `prepare_datasets.py` wrote or uploaded it: a folder, a dataset on the Hub, or an
+            address of fsspec.
         resolution: side R of the crops; the images are resized to the sizes of the task scaled to it.
         num_samples: length of the dataset, e.g. steps x batch.
         max_train_samples: use at most this many source and target images, evenly spaced.
         target: `False` reads no target data (training on the source only).
+        streaming: of data that are elsewhere, fetch images when they are drawn, instead of downloading all first.
 
     Raises:
-        UserError: the data is not prepared, does not fit the task, or offers nothing to rare-class sampling.
+        UserError: the data is not prepared, cannot be reached, does not fit the task, or offers nothing to rare-class
+            sampling.
     """
 
     def __init__(
@@ -69,12 +71,15 @@ class AdaptationDataset(Dataset):
         rare_class_min_pixels: int = 3000,
         max_train_samples: int | None = None,
         target: bool = True,
+        streaming: bool = False,
     ):
         self.resolution, self.num_samples, self.seed = resolution, num_samples, seed
         self.source_size = task.scaled_size(task.source_size, resolution)
         self.target_size = task.scaled_size(task.target_size, resolution)
-        source, metadata = open_task_split(data_dir, task, task.source, "train", labelled=True)
-        self._label_table = label_table(metadata, task, task.source_label_map, "source_label_map")
+        root = locate(data_dir)
+        source, metadata = open_task_split(root, task, task.source, "train", labelled=True, streaming=streaming)
+        # Of the type of the result, so that looking up makes the only copy of a label.
+        self._label_table = label_table(metadata, task, task.source_label_map, "source_label_map").astype(np.int64)
         warn_if_enlarged(metadata, self.source_size)
         source = source.select(evenly_spaced(len(source), max_train_samples))
         self.sampler = None
@@ -86,7 +91,7 @@ class AdaptationDataset(Dataset):
         """Dataset and split -> digest of the files it was prepared from."""
         self._target = None
         if target:
-            images, metadata = open_task_split(data_dir, task, task.target, "train", labelled=False)
+            images, metadata = open_task_split(root, task, task.target, "train", labelled=False, streaming=streaming)
             warn_if_enlarged(metadata, self.target_size)
             self.fingerprints[f"{task.target}/train"] = metadata.fingerprint
             images = images.select(evenly_spaced(len(images), max_train_samples))
@@ -125,18 +130,18 @@ class AdaptationDataset(Dataset):
     def _draw(self, rng: random.Random) -> dict[str, torch.Tensor]:
         pair = rng.randrange(self.num_source * max(1, self.num_target))
         image, label = self._source_crop(rng, pair % self.num_source)
-        sample = {"source_image": _to_chw(image), "source_label": torch.from_numpy(label.astype(np.int64))}
+        sample = {"source_image": _to_chw(image), "source_label": torch.from_numpy(label)}
         if self._target is not None:
             sample["target_image"] = _to_chw(self._target_crop(rng, pair % self.num_target))
         return sample
 
     def _source_crop(self, rng: random.Random, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (R, R, 3) image and uint8 (R, R) label in task ids; rare-class sampling replaces `index`."""
+        """uint8 (R, R, 3) image and int64 (R, R) label in task ids; rare-class sampling replaces `index`."""
         side, class_id = self.resolution, None
         if self.sampler is not None:
             class_id, index = self.sampler.draw(rng)
         image, label = _decode_row(self._source[index], self._names[0])
-        image = np.asarray(resize_image(image, self.source_size))
+        image = resize_image(image, self.source_size)
         label = np.asarray(resize_label(label, self.source_size))
         crop = draw_crop(rng, self.source_size, side)
         if class_id is not None:
@@ -144,12 +149,12 @@ class AdaptationDataset(Dataset):
                 if self.sampler.accepts(apply_crop(label, crop, side), class_id):
                     break
                 crop = draw_crop(rng, self.source_size, side)
-        return apply_crop(image, crop, side), self._label_table[apply_crop(label, crop, side)]
+        return _cropped(image, crop, side), np.take(self._label_table, apply_crop(label, crop, side))
 
     def _target_crop(self, rng: random.Random, index: int) -> np.ndarray:
         image, _ = _decode_row(self._target[index], self._names[1])
         crop = draw_crop(rng, self.target_size, self.resolution)
-        return apply_crop(np.asarray(resize_image(image, self.target_size)), crop, self.resolution)
+        return _cropped(resize_image(image, self.target_size), crop, self.resolution)
 
     @staticmethod
     def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,11 +174,19 @@ class EvaluationDataset(Dataset):
             item, an image or label that cannot be decoded.
     """
 
-    def __init__(self, data_dir: str | Path, task: Task, split: str, resolution: int, protocol: str = "paper"):
+    def __init__(
+        self,
+        data_dir: str | Path,
+        task: Task,
+        split: str,
+        resolution: int,
+        protocol: str = "paper",
+        streaming: bool = False,
+    ):
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol '{protocol}'; protocols: {', '.join(PROTOCOLS)}")
         self.size, self.protocol = (resolution, resolution), protocol
-        data, metadata = open_task_split(data_dir, task, task.target, split, labelled=True)
+        data, metadata = open_task_split(data_dir, task, task.target, split, labelled=True, streaming=streaming)
         self._label_table = label_table(metadata, task, task.target_label_map, "target_label_map")
         self._file_names, self._name = data["file_name"][:], f"{task.target}/{split}"
         self._data = data.select_columns(["image", "label", "file_name"])
@@ -191,7 +204,7 @@ class EvaluationDataset(Dataset):
             label = resize_label(label, self.size)
         return {
             "image": _to_chw(np.asarray(image)),
-            "label": torch.from_numpy(self._label_table[np.asarray(label)]),
+            "label": torch.from_numpy(np.take(self._label_table, np.asarray(label))),
             "index": index,
         }
 
@@ -210,24 +223,32 @@ class EvaluationDataset(Dataset):
 
 
 def open_task_split(
-    data_dir: str | Path, task: Task, dataset: str, split: str, labelled: bool
-) -> tuple["datasets.Dataset", Metadata]:
+    data_dir: str | Path | RemoteFolder,
+    task: Task,
+    dataset: str,
+    split: str,
+    labelled: bool,
+    streaming: bool = False,
+) -> tuple["datasets.Dataset | ParquetRows", Metadata]:
     """Open one prepared split of a task.
 
     Raises:
         UserError: it is missing (the message names the command that prepares it), empty, or lacks labels.
     """
-    folder = Path(data_dir) / dataset / split
-    if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir())
-        found = f"{folder.parent} holds the splits {', '.join(there)}" if there else f"{folder.parent} holds no split"
+    root = locate(data_dir)
+    parent, folder = root / dataset, root / dataset / split
+    there = list_folders(parent)
+    if split not in there:
+        found = f"{parent} holds the splits {', '.join(there)}" if there else f"{parent} holds no split"
         which = f"--task {task.name}" if task.name in TASKS else "--task_config FILE"
         raw = "" if dataset.startswith("synthetic_") else " --raw_dir RAW_DIR"
+        local = isinstance(root, Path)
+        where = shlex.quote(str(root)) if local else "DIR --push_to_hub --hub_dataset_id USER/NAME, or copy DIR there"
         raise UserError(
             f"prepared data {folder} does not exist ({found}). Prepare it: "
-            f"python prepare_datasets.py {which}{raw} --output_dir {shlex.quote(str(data_dir))}"
+            f"python prepare_datasets.py {which}{raw} --output_dir {where}"
         )
-    data, metadata = open_split(folder)
+    data, metadata = open_split(folder, streaming)
     if not len(data):
         raise UserError(f"{folder} holds no image; prepare it again")
     if labelled and not metadata.labelled:
@@ -270,13 +291,20 @@ def _decode_row(row: dict[str, Any], split: str) -> tuple[Image.Image, Image.Ima
         UndecodableImage: one of them is damaged, or they do not fit together; names split and file.
     """
     try:
-        image = decode_image(row["image"]).convert("RGB")
+        image = decode_image(row["image"])
+        image = image if image.mode == "RGB" else image.convert("RGB")
         label = decode_image(row["label"]) if "label" in row else None
         if label is not None and (label.size != image.size or label.mode != "L"):
             raise UndecodableImage(f"label of {label.size} in mode {label.mode} for an image of {image.size}")
     except UndecodableImage as error:
         raise UndecodableImage(f"{split} {row['file_name']} ({error})") from None
     return image, label
+
+
+def _cropped(image: Image.Image, crop: Crop, side: int) -> np.ndarray:
+    """uint8 (side, side, 3): `apply_crop` for an image of which no more than the crop becomes an array."""
+    pixels = np.asarray(image.crop((crop.left, crop.top, crop.left + side, crop.top + side)))
+    return apply_crop(pixels, Crop(crop.flip, 0, 0), side)
 
 
 def _to_chw(image: np.ndarray) -> torch.Tensor:

@@ -5,10 +5,13 @@ test list `{"target_data": {"second_modality": [...], "label": [...]}}`; image i
 """
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from madm_utils.cli import UserError
-from madm_utils.raw_datasets import RAW_DATASETS, RawDataset, RawFile, match_listed_file
+from madm_utils.raw_datasets import RAW_DATASETS
+from madm_utils.raw_descriptions import RawDataset, RawFile
+from madm_utils.raw_files import RawTree
+from madm_utils.raw_search import find_root, match_listed_file
 
 _FORM = (
     'expected {"source_data": {"RGB": [...], "label": [...]}, "target_data": {"second_modality": [...]}} '
@@ -43,8 +46,8 @@ def read_file_lists(paths: list[Path]) -> dict[tuple[str, str], ListedPaths]:
     return splits
 
 
-def find_listed_files(dataset: RawDataset, split: str, raw_dir: Path, root: Path, pairs: ListedPaths) -> list[RawFile]:
-    """Resolve listed paths against `raw_dir`, or the dataset's folder `root`.
+def find_listed_files(dataset: RawDataset, split: str, tree: RawTree, pairs: ListedPaths) -> list[RawFile]:
+    """Resolve listed paths against the raw folder, or the dataset's folder in it.
 
     Where a listed label is missing, another kind of label file of the same image will do: the Cityscapes download has
     labelIds, while lists may name the labelTrainIds that are made from them.
@@ -55,29 +58,34 @@ def find_listed_files(dataset: RawDataset, split: str, raw_dir: Path, root: Path
     if not pairs:
         raise UserError(f"{dataset.name} {split} is empty: the file list names no image for it")
 
+    root = find_root(dataset, tree, any_layout=True)
     endings = dataset.splits[split].label_endings()
     others = {other.folder.lower() for other in RAW_DATASETS.values()} - {dataset.folder.lower()}
 
-    def resolve(listed: str) -> Path:
+    def resolve(listed: str) -> str:
         kinds = [listed.removesuffix(end) + other for end in endings if listed.endswith(end) for other in endings]
-        for name in (listed, *kinds):
-            inside = Path(*Path(name).parts[1:])  # the list may spell the dataset's folder in another case
-            for candidate in (raw_dir / name, root / name, root / inside):
-                if candidate.is_file():
-                    foreign = Path(name).parts[0].lower() in others
-                    if foreign or (root != raw_dir and not candidate.is_relative_to(root)):
+        for kind in (listed, *kinds):
+            path = PurePosixPath(kind.replace("\\", "/"))
+            if path.is_relative_to(tree.raw_dir.as_posix()):  # a list may name the files of this disk
+                path = path.relative_to(tree.raw_dir.as_posix())
+            inside = PurePosixPath(*path.parts[1:])  # the list may spell the dataset's folder in another case
+            for found in (str(path), f"{root}{path}", f"{root}{inside}"):
+                if found in tree.files:
+                    foreign = path.parts[0].lower() in others
+                    if foreign or not found.startswith(root):
                         raise UserError(
                             f"{dataset.name} {split}: the file list names {listed}, which is not {dataset.name}'s but "
                             "another dataset's; give the list of this task"
                         )
-                    return candidate
+                    return found
         raise UserError(
-            f"{dataset.name} {split}: the file list names {listed}, which is neither under {raw_dir} nor {root}. "
-            "Paths are relative to --raw_dir or to the dataset's folder; is the dataset complete?"
+            f"{dataset.name} {split}: the file list names {listed}, which is neither under {tree.raw_dir} nor "
+            f"{tree.raw_dir / root}. Paths are relative to --raw_dir or to the dataset's folder; is the dataset "
+            "complete?"
         )
 
     return [
-        match_listed_file(dataset, split, root, resolve(image), resolve(label) if label else None)
+        match_listed_file(dataset, split, tree, root, resolve(image), resolve(label) if label else None)
         for image, label in pairs
     ]
 

@@ -42,20 +42,30 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     When something fails, the older folder stays and the temporary one is removed.
     """
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        _flush(temporary)
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(staged: Path, folder: Path) -> None:
+    """Rename the complete folder `staged` to `folder`, beside it, and remove the one it replaces.
+
+    The disk holds all of `staged` before; when renaming fails, the older folder is there again.
+    """
+    earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
+    _flush(staged)
+    try:
         if folder.exists():
             folder.rename(earlier)
-        temporary.rename(folder)
+        staged.rename(folder)
         _flush_entry(folder.parent)
     finally:
         if earlier.exists() and not folder.exists():
             earlier.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ Everything here is data or a pure function on NumPy arrays; nothing is particula
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,25 @@ CITYSCAPES_LABEL_IDS = {
     23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
 }  # fmt: skip
 """Cityscapes labelId -> trainId; every labelId that is not listed is ignored."""
+
+CITYSCAPES_LABEL_NAMES = (
+    "unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground", "road",
+    "sidewalk", "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel", "pole",
+    "polegroup", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
+    "bus", "caravan", "trailer", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+"""All Cityscapes labels; the position is the labelId. "license plate" has the id -1 and is never drawn."""
+
+GTA5_NUM_LABEL_IDS = 35
+"""GTA5 uses Cityscapes' labelIds, and 34 for licence plates, which are ignored."""
+
+SYNTHIA_NUM_IDS = 23
+SYNTHIA_CLASS_IDS = {
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9,
+    1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18,
+}  # fmt: skip
+"""SYNTHIA class -> Cityscapes trainId (DAFormer); every class that is not listed is ignored. Terrain, truck and train
+do not occur in SYNTHIA-RAND-CITYSCAPES, which leaves the 16 classes of its benchmark."""
 
 DELIVER_CLASSES = (
     "Building", "Fence", "Other", "Pedestrian", "Pole", "RoadLine", "Road", "SideWalk", "Vegetation", "Cars", "Wall",
@@ -77,14 +95,23 @@ def deliver_class_ids(label: np.ndarray) -> np.ndarray:
 
 
 def cityscapes_train_ids(label_ids: np.ndarray) -> np.ndarray:
-    """Cityscapes labelIds (uint8) -> trainIds, void classes -> 255."""
+    """Cityscapes (or GTA5) labelIds (uint8) -> trainIds, void classes -> 255."""
+    return _listed_only(CITYSCAPES_LABEL_IDS)[label_ids]
+
+
+def synthia_train_ids(class_ids: np.ndarray) -> np.ndarray:
+    """SYNTHIA classes (uint8) -> Cityscapes trainIds, void classes -> 255."""
+    return _listed_only(SYNTHIA_CLASS_IDS)[class_ids]
+
+
+def _listed_only(label_map: Mapping[int, int]) -> np.ndarray:
     table = np.full(256, IGNORE_INDEX, np.uint8)
-    for label_id, train_id in CITYSCAPES_LABEL_IDS.items():
-        table[label_id] = train_id
-    return table[label_ids]
+    for source, target in label_map.items():
+        table[source] = target
+    return table
 
 
-def check_label_ids(label: np.ndarray, num_classes: int, path: str | Path, valid: Iterable[int] = ()) -> None:
+def check_label_ids(label: np.ndarray, num_classes: int, path: object, valid: Iterable[int] = ()) -> None:
     """Raise `UserError` when `label` holds an id outside `0..num_classes-1`, 255 and `valid`, naming `path`."""
     found = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
     allowed = {*range(num_classes), IGNORE_INDEX, *valid}

@@ -1,25 +1,28 @@
-"""The prepared data: one Arrow dataset per split with a `metadata.json` beside it, opened and verified here.
+"""The prepared data: one Arrow dataset per split with a `metadata.json` beside it, opened here.
 
     DIR/<dataset>/<split>/
       data-*.arrow, dataset_info.json, state.json    readable with `datasets.load_from_disk`
       metadata.json                                  `Metadata`
 
-Columns: `image` (PNG), `file_name`, `sequence`, `condition`, and in labelled splits `label` (8-bit PNG in the
-dataset's own class ids, 255 = ignore) and `class_pixel_counts` (one number per class, counted at native resolution).
+Columns: `file_name`, `sequence`, `frame`, `condition` (text), `image`, and in labelled splits `label` (8-bit, in the
+dataset's own class ids, 255 = ignore), `class_pixel_counts` (one number per class, counted at native resolution) and
+`classes` (ids of the classes in the image; the column's type holds their names). Images that were resized are
+losslessly compressed TIFF, the others PNG. `events` is a further picture of float32 values where a dataset has images
+and events.
 """
 
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from madm_utils.cli import UserError
-from madm_utils.label_spaces import check_label_ids, class_pixel_counts
+from madm_utils.remote_data import DataError, RemoteFolder
+from madm_utils.split_rows import ParquetRows, open_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -47,6 +50,16 @@ class Metadata:
     """Digest of the selected files, their sizes, and how they were converted."""
     resized: bool
     """Whether images and labels are stored at another size than the native one."""
+    images_per_class: tuple[int, ...] | None = None
+    """Images that show each class, `None` without labels."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was asked for: `store_resolution`, and e.g. how pictures were made of events."""
+    skipped: tuple[dict[str, str], ...] = ()
+    """`{"file", "reason"}` of every image that `--on_error skip` left out."""
+    content: str = ""
+    """SHA-256 over the bytes of all images and labels, in order; equal data have equal content."""
+    licence: dict[str, Any] | None = None
+    """`{"summary", "url", "redistribution"}` of the dataset's owners, `None` for drawn data and one's own."""
 
     @property
     def labelled(self) -> bool:
@@ -57,35 +70,48 @@ class Metadata:
         (folder / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "Metadata":
+    def load(cls, folder: Path | RemoteFolder) -> "Metadata":
         """Read `metadata.json` of a prepared split.
 
         Raises:
             UserError: the file is missing or has another form.
         """
-        path = folder / METADATA_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            for key in ("class_names", "image_size", "class_pixel_counts"):
-                values[key] = None if values[key] is None else tuple(values[key])
+            if isinstance(folder, RemoteFolder):
+                text = folder.read_text(METADATA_FILE)
+            else:
+                text = (folder / METADATA_FILE).read_text(encoding="utf-8")
+            values = json.loads(text)
+            for key in ("class_names", "image_size", "class_pixel_counts", "images_per_class", "skipped"):
+                if values.get(key) is not None:
+                    values[key] = tuple(values[key])
             return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except DataError:  # says already what is wrong with the place
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{path} cannot be read as metadata of prepared data ({error}); prepare it again"
+                f"{folder / METADATA_FILE} cannot be read as metadata of prepared data ({error}); prepare it again"
             ) from None
 
 
-def open_split(folder: Path) -> tuple["datasets.Dataset", Metadata]:
-    """Open a prepared split, memory-mapped; image columns give undecoded `{"bytes", "path"}`.
+def open_split(
+    folder: Path | RemoteFolder, streaming: bool = False
+) -> tuple["datasets.Dataset | ParquetRows", Metadata]:
+    """Open a prepared split, here or elsewhere (`remote_data`); image columns give undecoded `{"bytes", "path"}`.
+
+    Args:
+        folder: of the split.
+        streaming: fetch rows of a remote split when they are asked for, instead of downloading all of it first.
 
     Raises:
-        UserError: the folder is not a prepared split, or Arrow files and metadata do not fit together.
+        UserError: the folder is not a prepared split, or its files and metadata do not fit together.
     """
-    import datasets
-
     metadata = Metadata.load(folder)
     try:
-        data = datasets.load_from_disk(str(folder))
+        cache_name = f"{metadata.dataset}-{metadata.split}-{(metadata.content or metadata.fingerprint)[:16]}"
+        data = open_rows(folder, cache_name, streaming)
+    except UserError:
+        raise
     except Exception as error:  # missing files, broken JSON and broken Arrow streams all raise types of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be opened as an Arrow dataset ({reason}); prepare it again") from None
@@ -96,9 +122,17 @@ def open_split(folder: Path) -> tuple["datasets.Dataset", Metadata]:
             f"{folder} holds {len(data)} images with columns {sorted(data.column_names)}; its {METADATA_FILE} says "
             f"{metadata.num_images} images with columns {sorted(expected)}. Prepare it again."
         )
-    for column in images:
-        data = data.cast_column(column, datasets.Image(decode=False))
-    return data, metadata
+    return data if isinstance(data, ParquetRows) else undecoded(data), metadata
+
+
+def undecoded(data: "datasets.Dataset") -> "datasets.Dataset":
+    """The same dataset with image columns as undecoded `{"bytes", "path"}`."""
+    import datasets
+
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data
 
 
 def decode_image(value: dict | None) -> Image.Image:
@@ -117,54 +151,3 @@ def decode_image(value: dict | None) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UndecodableImage(" ".join(str(error).split())) from None
     return image
-
-
-def verify_split(folder: Path) -> Metadata:
-    """Re-read a whole prepared split: counts, decodable images, sizes, label ids, class statistics.
-
-    Raises:
-        UserError: naming the first thing that is wrong and its image.
-    """
-    from tqdm import tqdm
-
-    data, metadata = open_split(folder)
-    if not len(data):
-        raise UserError(f"{folder} holds no image; prepare it again")
-    totals = np.zeros(len(metadata.class_names), np.int64)
-    for row in tqdm(data, desc=f"verify {metadata.dataset} {metadata.split}", unit="image"):
-        totals += _verify_row(row, metadata, f"{folder}: {row['file_name']}")
-    if metadata.labelled and totals.tolist() != list(metadata.class_pixel_counts):
-        raise UserError(
-            f"{folder}: class statistics in {METADATA_FILE} are {list(metadata.class_pixel_counts)}, the sum over the "
-            f"images is {totals.tolist()}; prepare it again"
-        )
-    return metadata
-
-
-def _verify_row(row: dict, metadata: Metadata, where: str) -> np.ndarray | int:
-    """Check one image; return its stored class pixel counts (0 without label)."""
-    try:
-        image = decode_image(row["image"])
-        label = decode_image(row["label"]) if metadata.labelled else None
-    except UndecodableImage as error:
-        raise UserError(f"{where}: image or label does not decode ({error}); prepare it again") from None
-    size = image.size[::-1]
-    if metadata.image_size not in (None, size):
-        raise UserError(f"{where}: image is {size} (height, width), expected {metadata.image_size}; prepare it again")
-    if label is None:
-        return 0
-    if label.size != image.size or label.mode != "L":
-        raise UserError(
-            f"{where}: label is {label.size[::-1]} in mode {label.mode}, expected {size} in mode L; prepare it again"
-        )
-    ids, stored = np.asarray(label), np.asarray(row["class_pixel_counts"], np.int64)
-    check_label_ids(ids, len(metadata.class_names), where)
-    counted = class_pixel_counts(ids, len(metadata.class_names))
-    # A label that was made smaller or larger has other counts than the native one, but no class the native one lacks.
-    agree = not np.any(counted[stored == 0]) if metadata.resized else np.array_equal(counted, stored)
-    if not agree:
-        raise UserError(
-            f"{where}: class_pixel_counts {stored.tolist()} do not fit the label, which has {counted.tolist()}; "
-            "prepare it again"
-        )
-    return stored

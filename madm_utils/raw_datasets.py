@@ -1,86 +1,71 @@
-"""Finding and pairing the files of the public datasets in their official folder layouts.
+"""The public datasets: classes, official layouts, encodings of the labels, licences, and where they come from.
 
-One `RawDataset` describes a dataset: its classes, where its images and labels lie, and how label files are decoded.
-A further dataset is a further entry of `RAW_DATASETS`; the code below it reads only these descriptions.
-
-Paths are templates relative to the dataset's folder. Their fields match one path component or a part of it, and an
-image and a label belong together when all fields agree. `{sequence}` and `{condition}` are kept as columns of the
-prepared data.
+A further dataset is a further entry of `RAW_DATASETS`; `raw_search` finds and pairs its files by this description.
+Modalities and label sets of one public dataset are entries of their own, because each is prepared data of its own;
+`dataset_name` finds them by what they differ in.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
+from functools import partial
 
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import (
     CITYSCAPES_CLASSES,
     DELIVER_CLASSES,
     FMB_CLASSES,
+    GTA5_NUM_LABEL_IDS,
     STREET_CLASSES,
+    SYNTHIA_NUM_IDS,
     cityscapes_train_ids,
     deliver_class_ids,
+    synthia_train_ids,
 )
+from madm_utils.raw_descriptions import PUBLISHED, LabelFiles, Licence, RawDataset, RawFile, RawOptions, RawSplit
+from madm_utils.raw_labels import palette_ids, polygon_ids, red_16_bit_ids, red_channel_ids
+from madm_utils.raw_search import find_files, find_labels, find_root, match_listed_file
 
+__all__ = [
+    "PUBLISHED", "RAW_DATASETS", "LabelFiles", "Licence", "RawDataset", "RawFile", "RawOptions", "RawSplit",
+    "dataset_name", "find_files", "find_labels", "find_root", "match_listed_file",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class LabelFiles:
-    """Label images of one kind: where they lie and what their pixel values mean."""
+NUM_CITYSCAPES_LABEL_IDS = 34
 
-    template: str
-    num_ids: int
-    """The files hold ids 0..num_ids-1 and 255; anything else is an error."""
-    convert: Callable[[np.ndarray], np.ndarray] | None = None
-    """uint8 (H, W) ids of the file -> uint8 class ids with 255 = ignore; `None`: they are the same."""
-
-
-@dataclass(frozen=True)
-class RawSplit:
-    """One split of a dataset in its official layout."""
-
-    images: str
-    labels: tuple[LabelFiles, ...] = ()
-    """Alternatives, the preferred one first; empty: the split is used without labels and none are looked for."""
-    stored_size: tuple[int, int] | None = None
-    """(height, width) of the prepared images; `None`: native size."""
-    first_frame: int = 0
-    frame_step: int = 1
-    """Of a numbered `{frame}`, the published selection: `first_frame` and every `frame_step`-th after it."""
-    published_count: int | None = None
-    """Images of the published selection; another number is worth a note, not an error."""
-    optional: bool = False
-    """Skipped when its images are not there, because neither training nor the published test needs it."""
-
-    def label_endings(self) -> dict[str, LabelFiles]:
-        """What the names of each kind of label file end in, e.g. `_gtFine_labelIds.png`."""
-        return {files.template.split("}")[-1]: files for files in self.labels}
-
-
-@dataclass(frozen=True)
-class RawDataset:
-    """One public dataset in its official layout."""
-
-    name: str
-    folder: str
-    """Official name of the dataset's folder; any upper or lower case is accepted."""
-    class_names: tuple[str, ...]
-    splits: dict[str, RawSplit]
-
-
-@dataclass(frozen=True)
-class RawFile:
-    """One image to prepare, with its label where the split has labels."""
-
-    image: Path
-    file_name: str
-    """POSIX path of the image relative to the dataset's folder."""
-    sequence: str = ""
-    condition: str = ""
-    label: Path | None = None
-    label_files: LabelFiles | None = None
+_CITYSCAPES_LICENCE = Licence(
+    "Non-commercial use; neither the data nor modified versions of it may be passed on, trained models may.",
+    "https://www.cityscapes-dataset.com/license/",
+    redistribution=False,
+)
+# Terms that could not be read again while this was written say so; what is unclear counts as forbidden.
+_DELIVER_LICENCE = Licence(
+    "The code is Apache-2.0, the data has no licence of its own; the owners ask to be contacted about commercial use.",
+    "https://github.com/jamycheung/DELIVER",
+    redistribution=False,
+)
+_FMB_LICENCE = Licence(
+    "No licence is stated, so it may not be passed on.",
+    "https://github.com/JinyuanLiu-CV/SegMiF",
+    redistribution=False,
+)
+_DSEC_LICENCE = Licence(
+    "Said to be CC BY-SA 4.0, which is to be verified on the owners' page before anything is passed on.",
+    "https://dsec.ifi.uzh.ch",
+    redistribution=False,
+)
+_DARK_ZURICH_LICENCE = Licence(
+    "Non-commercial research, not to be passed on, as far as is known; read the terms on the owners' page.",
+    "https://www.trace.ethz.ch/publications/2019/GCMA_UIoU/",
+    redistribution=False,
+)
+_GTA5_LICENCE = Licence(
+    "Research and education only, as far as is known; the pictures show a commercial game.",
+    "https://download.visinf.tu-darmstadt.de/data/from_games/",
+    redistribution=False,
+)
+_SYNTHIA_LICENCE = Licence(
+    "CC BY-NC-SA 3.0, as far as is known; read the terms on the owners' page before anything is passed on.",
+    "https://synthia-dataset.net",
+    redistribution=False,
+)
 
 
 def _cityscapes(split: str, **options) -> RawSplit:
@@ -89,13 +74,148 @@ def _cityscapes(split: str, **options) -> RawSplit:
         f"leftImg8bit/{split}/{{sequence}}/{{frame}}_leftImg8bit.png",
         (
             LabelFiles(labels + "labelTrainIds.png", len(CITYSCAPES_CLASSES)),
-            LabelFiles(labels + "labelIds.png", 34, cityscapes_train_ids),
+            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, cityscapes_train_ids),
+            LabelFiles(labels + "polygons.json", len(CITYSCAPES_CLASSES), decode=polygon_ids),
         ),
         **options,
     )
 
 
-RAW_DATASETS = {
+def _deliver(name: str, modality: str, folder: str, ending: str) -> RawDataset:
+    def split(split: str, labelled: bool, **options) -> RawSplit:
+        path = f"{{condition}}/{split}/{{sequence}}/{{frame}}"
+        labels = LabelFiles(
+            f"semantic/{path}_semantic_front.png", len(DELIVER_CLASSES) + 1, deliver_class_ids, red_channel_ids
+        )
+        return RawSplit(f"{folder}/{path}_{ending}_front.png", (labels,) if labelled else (), **options)
+
+    return RawDataset(
+        name,
+        "DELIVER",
+        DELIVER_CLASSES,
+        {
+            "train": split("train", False, stored_size=(712, 712), published_count=3983),
+            "val": split("val", True, published_count=2005, optional=True),
+            "test": split("test", True, published_count=1897),
+        },
+        _DELIVER_LICENCE,
+        "DELIVER is a download of about 12 GB that the repository jamycheung/DELIVER on GitHub links to.",
+        modality=modality,
+        base="deliver",
+    )
+
+
+def _fmb(name: str, modality: str, folder: str) -> RawDataset:
+    return RawDataset(
+        name,
+        "FMB",
+        FMB_CLASSES,
+        {
+            "train": RawSplit(f"train/{folder}/{{frame}}.png", stored_size=(512, 683), published_count=1220),
+            "test": RawSplit(
+                f"test/{folder}/{{frame}}.png",
+                (LabelFiles("test/Label/{frame}.png", len(FMB_CLASSES)),),
+                published_count=280,
+            ),
+        },
+        _FMB_LICENCE,
+        "FMB is linked to in the repository JinyuanLiu-CV/SegMiF on GitHub.",
+        modality=modality,
+        base="fmb",
+    )
+
+
+def _find_recordings(finder: str, *args) -> list[RawFile]:
+    from madm_utils import dsec
+
+    return getattr(dsec, finder)(*args)
+
+
+def _dsec(name: str, class_names: tuple[str, ...]) -> RawDataset:
+    labels = f"{len(class_names)}classes"
+    return RawDataset(
+        name,
+        "DSEC",
+        class_names,
+        {
+            "train": RawSplit(
+                "69mask_train_edges/{sequence}/{frame}.png",
+                stored_size=(512, 768),
+                first_frame=2,
+                frame_step=2,
+                published_count=4037,
+            ),
+            "test": RawSplit(
+                "69mask_test_edges/{sequence}/{frame}.png",
+                # As the published file lists name them, then as the official archives unpack.
+                tuple(
+                    LabelFiles(f"{folder}/{{frame}}.png", len(class_names))
+                    for folder in (
+                        f"test_semantic_labels/{{sequence}}/{labels}",
+                        f"test_semantic_labels/{{sequence}}/{labels}/data",
+                        f"test/{{sequence}}/{labels}/data",
+                    )
+                ),
+                # No events precede the first label, so the published selection leaves frame 0 out.
+                first_frame=1,
+                published_count=2806,
+            ),
+        },
+        _DSEC_LICENCE,
+        "The recordings and semantic labels are at dsec.ifi.uzh.ch, the ready-made edge pictures are shared by MADM's "
+        "authors.",
+        partial(_find_recordings, "find_dsec_events"),
+        modality="event",
+        base="dsec",
+        landmarks=("{sequence}/events/left/events.h5",),
+    )
+
+
+_DSEC_NIGHT = RawDataset(
+    "dsec_night",
+    "DSEC_Night",
+    CITYSCAPES_CLASSES,
+    {
+        # CMDA trains on random windows of the native 480x640 pictures.
+        "train": RawSplit("", condition="night", published_count=1692),
+        # 18 classes are annotated: truck does not occur.
+        "test": RawSplit(
+            "",
+            (
+                LabelFiles(
+                    "{sequence}/labels/{name}_{number}_grey_gtFine_labelTrainIds.png",
+                    len(CITYSCAPES_CLASSES),
+                ),
+            ),
+            condition="night",
+            published_count=150,
+        ),
+    },
+    _DSEC_LICENCE,
+    "The recordings of zurich_city_09_a to 09_e are at dsec.ifi.uzh.ch; warped images and labels are shared by CMDA's "
+    "authors (XiaRho/CMDA on GitHub).",
+    partial(_find_recordings, "find_dsec_night"),
+    other_folders=("DSEC-Night",),
+    landmarks=("{sequence}/warp_images/{number}.png", "{sequence}/events/left/events.h5"),
+)  # fmt: skip
+
+
+def _dark_zurich(split: str, labelled: bool, **options) -> RawSplit:
+    labels = f"gt/{split}/night/{{sequence}}/{{frame}}_gt_"
+    return RawSplit(
+        f"rgb_anon/{split}/night/{{sequence}}/{{frame}}_rgb_anon.png",
+        (
+            LabelFiles(labels + "labelTrainIds.png", len(CITYSCAPES_CLASSES)),
+            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, cityscapes_train_ids),
+        )
+        if labelled
+        else (),
+        condition="night",
+        **options,
+    )
+
+
+RAW_DATASETS: dict[str, RawDataset] = {
     dataset.name: dataset
     for dataset in (
         RawDataset(
@@ -106,200 +226,99 @@ RAW_DATASETS = {
                 "train": _cityscapes("train", stored_size=(512, 1024), published_count=2975),
                 "val": _cityscapes("val", published_count=500, optional=True),
             },
+            _CITYSCAPES_LICENCE,
+            "After registration, cityscapes-dataset.com has leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip.",
+        ),
+        _deliver("deliver", "depth", "depth", "depth"),
+        _deliver("deliver_event", "event", "event", "event"),
+        _deliver("deliver_lidar", "lidar", "lidar", "lidar"),
+        # Depth in three channels: disparity, height, angle.
+        _deliver("deliver_hha", "hha", "hha", "depth"),
+        _deliver("deliver_rgb", "rgb", "img", "rgb"),
+        _fmb("fmb", "infrared", "Infrared"),
+        _fmb("fmb_visible", "visible", "Visible"),
+        _dsec("dsec", STREET_CLASSES),
+        # The ids of the 19classes folders are Cityscapes' trainIds.
+        _dsec("dsec_19", CITYSCAPES_CLASSES),
+        _DSEC_NIGHT,
+        RawDataset(
+            "dark_zurich",
+            "Dark_Zurich",
+            CITYSCAPES_CLASSES,
+            {
+                # The counts of Dark Zurich are from memory.
+                "train": _dark_zurich("train", False, stored_size=(540, 960), published_count=2416),
+                "val": _dark_zurich("val", True, published_count=50, optional=True),
+                # Its labels are kept on the owners' server.
+                "test": _dark_zurich("test", False, published_count=151, optional=True),
+            },
+            _DARK_ZURICH_LICENCE,
+            "trace.ethz.ch has Dark_Zurich_train_anon.zip, Dark_Zurich_val_anon.zip and Dark_Zurich_test_anon.zip.",
         ),
         RawDataset(
-            "deliver",
-            "DELIVER",
-            DELIVER_CLASSES,
+            "gta5",
+            "GTA5",
+            CITYSCAPES_CLASSES,
             {
+                # The published resize to 1280x720 keeps the proportions of 1914x1052, which gives 1280x704.
+                # The count is from memory.
                 "train": RawSplit(
-                    "depth/{condition}/train/{sequence}/{frame}_depth_front.png",
-                    stored_size=(712, 712),
-                    published_count=3983,
-                ),
-                "test": RawSplit(
-                    "depth/{condition}/test/{sequence}/{frame}_depth_front.png",
+                    "images/{number}.png",
                     (
                         LabelFiles(
-                            "semantic/{condition}/test/{sequence}/{frame}_semantic_front.png",
-                            len(DELIVER_CLASSES) + 1,
-                            deliver_class_ids,
+                            "labels/{number}.png", GTA5_NUM_LABEL_IDS, cityscapes_train_ids, palette_ids
                         ),
                     ),
-                    published_count=1897,
+                    stored_size=(704, 1280),
+                    published_count=24966,
                 ),
             },
+            _GTA5_LICENCE,
+            "download.visinf.tu-darmstadt.de/data/from_games has ten zip files of images and ten of labels.",
+            other_folders=("gta", "GTAV"),
         ),
         RawDataset(
-            "fmb",
-            "FMB",
-            FMB_CLASSES,
+            "synthia",
+            "RAND_CITYSCAPES",
+            CITYSCAPES_CLASSES,
             {
-                "train": RawSplit("train/Infrared/{frame}.png", stored_size=(512, 683), published_count=1220),
-                "test": RawSplit(
-                    "test/Infrared/{frame}.png",
-                    (LabelFiles("test/Label/{frame}.png", len(FMB_CLASSES)),),
-                    published_count=280,
-                ),
-            },
-        ),
-        RawDataset(
-            "dsec",
-            "DSEC",
-            STREET_CLASSES,
-            {
+                # Trained at its native 1280x760. The count is from memory.
                 "train": RawSplit(
-                    "69mask_train_edges/{sequence}/{frame}.png",
-                    stored_size=(512, 768),
-                    first_frame=2,
-                    frame_step=2,
-                    published_count=4037,
-                ),
-                "test": RawSplit(
-                    "69mask_test_edges/{sequence}/{frame}.png",
-                    # As the published file lists name them, then as the official archives unpack.
-                    tuple(
-                        LabelFiles(f"{folder}/{{frame}}.png", len(STREET_CLASSES))
-                        for folder in (
-                            "test_semantic_labels/{sequence}/11classes",
-                            "test_semantic_labels/{sequence}/11classes/data",
-                            "test/{sequence}/11classes/data",
-                        )
-                    ),
-                    # No events precede the first label, so the published selection leaves frame 0 out.
-                    first_frame=1,
-                    published_count=2806,
+                    "RGB/{number}.png",
+                    (LabelFiles("GT/LABELS/{number}.png", SYNTHIA_NUM_IDS, synthia_train_ids, red_16_bit_ids),),
+                    published_count=9400,
                 ),
             },
+            _SYNTHIA_LICENCE,
+            "synthia-dataset.net has SYNTHIA-RAND-CITYSCAPES as a .rar archive, which has to be unpacked.",
+            other_folders=("SYNTHIA", "SYNTHIA-RAND-CITYSCAPES"),
         ),
     )
 }  # fmt: skip
-"""Dataset name -> layout. Stored sizes are the published training sizes; the published selections are those of the
-MADM file lists (DELIVER and FMB: every file; DSEC: see the frame numbers)."""
+"""Name of the prepared data -> layout. The published selections of DELIVER, FMB and DSEC are those of the MADM file
+lists (DELIVER and FMB: every file; DSEC: see the frame numbers), those of DSEC_Night CMDA's."""
 
 
-def find_root(dataset: RawDataset, raw_dir: Path, any_layout: bool = False) -> Path:
-    """Return the folder of `dataset`: `raw_dir/<its folder, any case>`, or `raw_dir` itself.
+def dataset_name(dataset: str, modality: str | None = None, label_classes: int | None = None) -> str:
+    """Return the entry of `RAW_DATASETS` for a public dataset in one of its modalities and label sets.
 
-    With `any_layout` (files are listed by name) `raw_dir` will do even if it does not look like the dataset.
-
-    Raises:
-        UserError: neither is there; the message lists what was looked for and what was found.
-    """
-    if not raw_dir.is_dir():
-        raise UserError(f"raw folder {raw_dir} does not exist; --raw_dir is the folder that holds {dataset.folder}/")
-    children = sorted(child for child in raw_dir.iterdir() if not child.name.startswith("."))
-    for child in children:
-        if child.is_dir() and child.name.lower() == dataset.folder.lower():
-            return child
-    anchor = next(iter(dataset.splits.values())).images.split("{")[0].rstrip("/")
-    if any_layout or (raw_dir / anchor).is_dir():
-        return raw_dir
-    found = ", ".join(child.name for child in children[:20]) or "nothing"
-    raise UserError(
-        f"{dataset.name} not found under {raw_dir}: looked for folders {dataset.folder}/ (any case) and {anchor}/; "
-        f"found {found}. Give --raw_dir the folder that holds the official {dataset.folder} tree."
-    )
-
-
-def find_files(dataset: RawDataset, split: str, root: Path) -> list[RawFile]:
-    """Return the files of the published selection of one split, sorted by path and checked to be in pairs.
+    `deliver` in the modality `event` is `deliver_event`, `dsec` with 19 classes `dsec_19`. What is not asked for is as
+    in the entry that has the dataset's plain name.
 
     Raises:
-        UserError: no image at all (unless the split is optional: then the list is empty), an image without label,
-            or a label without image.
+        UserError: there is no such dataset, modality or label set; the message lists what there is.
     """
-    spec = dataset.splits[split]
-    images = _scan(root, spec.images, spec)
-    if not images:
-        if spec.optional:
-            return []
-        raise UserError(
-            f"{dataset.name} {split} is empty: no image matches {root}/{_glob(spec.images)}"
-            + (f" with frames {_selection(spec)}" if (spec.first_frame, spec.frame_step) != (0, 1) else "")
-            + f". Is the {split} part of the dataset unpacked there?"
-        )
-    labels = {}
-    for label_files in reversed(spec.labels):
-        labels.update({key: (path, label_files) for key, path in _scan(root, label_files.template, spec).items()})
-    if spec.labels:
-        _check_pairs(dataset, split, root, images, labels)
-    files = []
-    for key, path in images.items():
-        label, label_files = labels.get(key, (None, None))
-        fields = dict(key)
-        files.append(
-            RawFile(
-                path,
-                path.relative_to(root).as_posix(),
-                fields.get("sequence", ""),
-                fields.get("condition", ""),
-                label,
-                label_files,
-            )
-        )
-    return files
-
-
-def match_listed_file(dataset: RawDataset, split: str, root: Path, image: Path, label: Path | None) -> RawFile:
-    """Return the `RawFile` of an image (and label) that a file list names; its path need not fit the layout."""
-    spec = dataset.splits[split]
-    inside = image.is_relative_to(root)
-    file_name = image.relative_to(root).as_posix() if inside else image.as_posix()
-    fields = _fields(spec.images, file_name)
-    label_files = None
-    if label is not None:
-        fitting = (files for end, files in spec.label_endings().items() if label.name.endswith(end))
-        label_files = next(fitting, spec.labels[0])
-    return RawFile(image, file_name, fields.get("sequence", ""), fields.get("condition", ""), label, label_files)
-
-
-def _glob(template: str) -> str:
-    return re.sub(r"\{\w+\}", "*", template)
-
-
-def _fields(template: str, path: str) -> dict[str, str]:
-    """Values of the template's fields in `path`, empty when it does not fit."""
-    parts = re.split(r"\{(\w+)\}", template)
-    pattern = "".join(f"(?P<{part}>[^/]+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
-    match = re.fullmatch(pattern, path)
-    return match.groupdict() if match else {}
-
-
-def _selection(spec: RawSplit) -> str:
-    return f"{spec.first_frame:06d}, {spec.first_frame + spec.frame_step:06d}, ..."
-
-
-def _scan(root: Path, template: str, spec: RawSplit) -> dict[tuple[tuple[str, str], ...], Path]:
-    """Files that match `template` and the frame selection of `spec`, by their sorted field values."""
-    found = {}
-    for path in sorted(root.glob(_glob(template))):
-        fields = _fields(template, path.relative_to(root).as_posix())
-        if path.name.startswith(".") or not fields:
-            continue
-        if (spec.first_frame, spec.frame_step) != (0, 1):
-            if not fields["frame"].isdecimal():
-                continue
-            offset = int(fields["frame"]) - spec.first_frame
-            if offset < 0 or offset % spec.frame_step:
-                continue
-        found[tuple(sorted(fields.items()))] = path
-    return found
-
-
-def _check_pairs(dataset: RawDataset, split: str, root: Path, images: dict, labels: dict) -> None:
-    spec = dataset.splits[split]
-    alone = [key for key in images if key not in labels]
-    if alone:
-        expected = " or ".join(str(root / files.template.format(**dict(alone[0]))) for files in spec.labels)
-        raise UserError(
-            f"{dataset.name} {split}: {len(alone)} of {len(images)} images lack a label, first {images[alone[0]]}; "
-            f"expected {expected}. Add the missing labels or remove these images."
-        )
-    alone = [key for key in labels if key not in images]
-    if alone:
-        expected = root / spec.images.format(**dict(alone[0]))
-        raise UserError(
-            f"{dataset.name} {split}: {len(alone)} of {len(labels)} labels lack an image, "
-            f"first {labels[alone[0]][0]}; expected {expected}. Add the missing images or remove these labels."
-        )
+    if dataset not in RAW_DATASETS:
+        raise UserError(f"unknown dataset '{dataset}'; known: {', '.join(RAW_DATASETS)}")
+    variants = [entry for entry in RAW_DATASETS.values() if dataset in (entry.name, entry.base)]
+    fitting = [
+        entry.name
+        for entry in variants
+        if modality in (None, entry.modality) and label_classes in (None, len(entry.class_names))
+    ]
+    if not fitting:
+        there = ", ".join(f"{entry.modality} with {len(entry.class_names)} classes" for entry in variants)
+        asked = [f"modality '{modality}'"] * (modality is not None)
+        asked += [f"{label_classes} classes"] * (label_classes is not None)
+        raise UserError(f"{dataset} has no {' with '.join(asked)}; there is {there}")
+    return dataset if dataset in fitting else fitting[0]

@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on the loopback interface, for tests.
 
 It speaks what `huggingface_hub` uses for creating repositories, commits (NDJSON) with regular and LFS files, lists and
-downloads, keeps everything in memory, and can be told to misbehave. Point `HF_ENDPOINT` at `HubServer.url`, and set
-`HF_HUB_DISABLE_XET=1`: Xet storage has a protocol of its own, which is not spoken here.
+downloads (whole or by range), keeps everything in memory, and can be told to misbehave. Point `HF_ENDPOINT` at
+`HubServer.url`, and set `HF_HUB_DISABLE_XET=1`: Xet storage has a protocol of its own, which is not spoken here.
 """
 
 import base64
@@ -26,16 +26,21 @@ def git_sha(data: bytes) -> str:
 
 @dataclass
 class Repo:
-    """One model repository: its files on `main`, and the messages of its commits."""
+    """One repository: its files on `main`, what they were at earlier commits, and the messages of its commits."""
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     large: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
+    earlier: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     @property
     def sha(self) -> str:
         return hashlib.sha1("\n".join(["", *self.commits]).encode()).hexdigest()
+
+    def at(self, revision: str) -> dict[str, bytes] | None:
+        """Files of a commit or of `main`."""
+        return self.files if revision in ("main", self.sha) else self.earlier.get(revision)
 
 
 @dataclass
@@ -60,6 +65,9 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
+        """By `user/name`, datasets by `datasets/user/name`."""
+        self.ranges: list[tuple[str, int]] = []
+        """File and number of bytes of every answer to a range request."""
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
@@ -177,26 +185,41 @@ class _Handler(BaseHTTPRequestHandler):
         if token != WRITE_TOKEN or not name.startswith(f"{USER}/"):
             self._json({"error": "You don't have the rights to create a model under this namespace"}, 403)
             return
+        key = f"datasets/{name}" if wanted.get("type") == "dataset" else name
         with self.server.lock:
-            exists = name in self.server.repos
+            exists = key in self.server.repos
             if not exists:
-                self.server.repos[name] = Repo(private=wanted.get("visibility") == "private")
-        self._json({"url": f"{self.server.url}/{name}", "id": name}, 409 if exists else 200)
+                self.server.repos[key] = Repo(private=wanted.get("visibility") == "private")
+        self._json({"url": f"{self.server.url}/{key}", "id": name}, 409 if exists else 200)
 
-    def info(self, _: bytes, name: str) -> None:
-        if repo := self._repo(name):
-            files = [{"rfilename": path} for path in repo.files]
-            self._json({"id": name, "sha": repo.sha, "private": repo.private, "siblings": files})
+    def info(self, _: bytes, name: str, revision: str | None = None) -> None:
+        if (repo := self._repo(name)) and (found := self._files(repo, revision)) is not None:
+            files = [{"rfilename": path} for path in found]
+            sha = revision if revision in repo.earlier else repo.sha
+            answer = {"id": name.removeprefix("datasets/"), "sha": sha, "private": repo.private, "siblings": files}
+            self._json(answer)
 
-    def tree(self, _: bytes, name: str) -> None:
-        if repo := self._repo(name):
-            entries = []
-            for path, data in repo.files.items():
-                entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
-                if path in repo.large:
-                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-                entries.append(entry)
-            self._json(entries)
+    def tree(self, _: bytes, name: str, revision: str, folder: str | None = None) -> None:
+        if not (repo := self._repo(name)) or (files := self._files(repo, revision)) is None:
+            return
+        start = f"{folder}/" if folder else ""
+        recursive = "recursive=true" in self.path.lower()
+        entries = {}
+        for path, data in files.items():
+            if not path.startswith(start):
+                continue
+            if not recursive and "/" in path[len(start) :]:
+                child = start + path[len(start) :].split("/")[0]
+                entries[child] = {"type": "directory", "path": child, "size": 0, "oid": git_sha(child.encode())}
+                continue
+            entries[path] = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
+            if path in repo.large:
+                oid = hashlib.sha256(data).hexdigest()
+                entries[path]["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
+        if folder and not entries:
+            self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        else:
+            self._json(list(entries.values()))
 
     def preupload(self, body: bytes, name: str) -> None:
         if repo := self._repo(name, write=True):
@@ -204,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
             for file in json.loads(body)["files"]:
                 path = file["path"]
                 answer = {"path": path, "shouldIgnore": False}
-                answer["uploadMode"] = "lfs" if path.endswith(".safetensors") else "regular"
+                answer["uploadMode"] = "lfs" if path.endswith((".safetensors", ".parquet")) else "regular"
                 if path in repo.files:
                     data = repo.files[path]
                     answer["oid"] = hashlib.sha256(data).hexdigest() if path in repo.large else git_sha(data)
@@ -242,7 +265,12 @@ class _Handler(BaseHTTPRequestHandler):
         if missing or values.keys() - {"header", "file", "lfsFile", "deletedFile"}:
             self._json({"error": f"bad commit: {missing or list(values)}"}, 400)
             return
+        parent = values["header"][0].get("parentCommit")
+        if parent not in (None, repo.sha):
+            self._json({"error": "A commit has happened since. Please refresh and try again."}, 412)
+            return
         with self.server.lock:
+            repo.earlier[repo.sha] = dict(repo.files)
             for value in values.get("deletedFile", ()):
                 del repo.files[value["path"]]
                 repo.large.discard(value["path"])
@@ -258,26 +286,43 @@ class _Handler(BaseHTTPRequestHandler):
         whole = json.loads(body)["content"].startswith("---\n")
         self._json({} if whole else {"errors": [{"message": "no metadata"}]}, 200 if whole else 400)
 
-    def resolve(self, _: bytes, name: str, path: str) -> None:
-        if repo := self._repo(name):
-            data = repo.files.get(path)
-            if data is None:
-                self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=repo.sha)
-                return
-            tag = hashlib.sha256(data).hexdigest() if path in repo.large else git_sha(data)
-            self._reply(data, ETag=f'"{tag}"', X_Repo_Commit=repo.sha)
+    def resolve(self, _: bytes, name: str, revision: str, path: str) -> None:
+        if not (repo := self._repo(name)) or (files := self._files(repo, revision)) is None:
+            return
+        commit = repo.sha if revision == "main" else revision
+        data = files.get(path)
+        if data is None:
+            self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return
+        tag = hashlib.sha256(data).hexdigest() if path in repo.large else git_sha(data)
+        headers = {"ETag": f'"{tag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
+            self.server.ranges.append((path, stop - start))
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            self._reply(data[start:stop], 206, **headers)
+        else:
+            self._reply(data, **headers)
+
+    def _files(self, repo: Repo, revision: str | None) -> dict[str, bytes] | None:
+        """Files of a revision, or None after having refused the request."""
+        files = repo.at(revision or "main")
+        if files is None:
+            self._json({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
+        return files
 
 
-_NAME = r"([\w.-]+/[\w.-]+)"
+_NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
+_API = r"/api/(?:models/|(?=datasets/))"  # the kind of a dataset stays in its name
 _ROUTES = (
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.check_card),
-    (rf"GET /api/models/{_NAME}(?:/revision/\w+)?", _Handler.info),
-    (rf"GET /api/models/{_NAME}/tree/\w+", _Handler.tree),
-    (rf"POST /api/models/{_NAME}/preupload/main", _Handler.preupload),
-    (rf"POST /api/models/{_NAME}/commit/main", _Handler.commit),
+    (rf"GET {_API}{_NAME}(?:/revision/([\w.-]+))?", _Handler.info),
+    (rf"GET {_API}{_NAME}/tree/([\w.-]+)(?:/(.+))?", _Handler.tree),
+    (rf"POST {_API}{_NAME}/preupload/main", _Handler.preupload),
+    (rf"POST {_API}{_NAME}/commit/main", _Handler.commit),
     (rf"POST /{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     (r"PUT /storage/(\w+)", _Handler.store),
     (r"POST /storage/(\w+)/verify", _Handler.verify),
-    (rf"(?:GET|HEAD) /{_NAME}/resolve/\w+/(.+)", _Handler.resolve),
+    (rf"(?:GET|HEAD) /{_NAME}/resolve/([\w.-]+)/(.+)", _Handler.resolve),
 )

@@ -168,7 +168,7 @@ def first_image(cell):
 
 
 DAMAGES = {
-    "truncated": (lambda row: {"bytes": row["image"]["bytes"][:-40], "path": None}, "truncated|broken"),
+    "truncated": (lambda row: {"bytes": row["image"]["bytes"][:-40], "path": None}, "truncated|broken|not an image"),
     "zeros": (lambda row: {"bytes": bytes(100), "path": None}, "not an image"),
     "absent": (lambda row: None, "no bytes"),
     "other size": (
