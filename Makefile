@@ -36,6 +36,7 @@ bench: $(STAMP)  ## print the tables of docs/benchmarks.md for this machine
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_memory.py
 	$(PY) benchmarks/bench_scaling.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_data.py
 
 style: $(STAMP)  ## format the code and repair what ruff can
 	$(PY) -m ruff format .

@@ -313,9 +313,19 @@ def show(reports: list["Report"], output_dir: Path) -> int:
     return 1 if problems else 0
 
 
-def push(args: argparse.Namespace) -> int:
-    """Upload."""
-    return 0
+def push(args: argparse.Namespace) -> None:
+    """`--push_to_hub`: upload every prepared split of the command's datasets."""
+    from madm_utils.dataset_upload import push_prepared
+
+    address = push_prepared(
+        args.output_dir,
+        args.names,
+        args.hub_dataset_id,
+        private=not args.hub_public_repo,
+        redistribution_permitted=args.redistribution_permitted,
+        token=args.hub_token,
+    )
+    print(f"uploaded {', '.join(args.names)} to {address}")
 
 
 def print_summary(folders: list[Path]) -> None:
@@ -379,6 +389,11 @@ def run(args: argparse.Namespace) -> int:
         folders = prepared_folders(args)
     else:
         plans = make_plans(args)
+        if args.push_to_hub and not args.redistribution_permitted:
+            from madm_utils.dataset_upload import check_licence
+
+            for plan in plans:
+                check_licence(plan.dataset, plan.licence)
         prepare(skip_prepared(plans, args), args)
         if args.shard.count > 1:
             return 0
@@ -394,7 +409,9 @@ def run(args: argparse.Namespace) -> int:
     for name in dict.fromkeys(folder.parent.name for folder in folders):
         write_dataset_card(args.output_dir / name)
     print_summary(folders)
-    return push(args)
+    if args.push_to_hub:
+        push(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from madm_utils.cli import UserError
 from madm_utils.conversion import PublishedStatistics, RawConversion, SceneConversion, row_features
 from madm_utils.files import replace_folder, replacing
 from madm_utils.label_spaces import STREET_CLASSES
-from madm_utils.prepared_data import Metadata
+from madm_utils.prepared_data import Metadata, undecoded
 from madm_utils.raw_files import RawPath
 from madm_utils.raw_search import RawDataset, RawFile
 from madm_utils.transforms import Size
@@ -358,16 +358,6 @@ def check_chunks(output_dir: Path, dataset: str, split: str) -> None:
             raise UserError(
                 f"{path} was damaged after it was written ({error}) and is removed; run its share (--shard I/N) again"
             ) from None
-
-
-def undecoded(data: Any) -> Any:
-    """The same dataset with image columns as undecoded `{"bytes", "path"}`."""
-    import datasets
-
-    for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
-    return data
 
 
 def row_digest(row: dict[str, Any]) -> str:

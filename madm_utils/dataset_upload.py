@@ -1,7 +1,6 @@
 """Upload of prepared data to a dataset repository on the Hugging Face Hub, as Parquet.
 
     README.md                                        card; lists every dataset as a configuration with its splits
-    <dataset>/README.md                              card of the dataset, if the folder has one
     <dataset>/<split>/data-00000-of-00005.parquet    the rows, in order
     <dataset>/<split>/metadata.json                  `prepared_data.Metadata`
 
@@ -10,16 +9,15 @@ A `--data_dir` of the same form, so training takes the repository's id in place 
 """
 
 import base64
+import fnmatch
 import io
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatch
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madm_utils.cli import UserError
+from madm_utils.dataset_card import CARD_FILE, CardSplit, dataset_card
 from madm_utils.prepared_data import METADATA_FILE, Metadata, open_split
 from madm_utils.split_rows import COLUMNS_KEY, WHOLE_COLUMNS
 
@@ -32,18 +30,6 @@ SHARD_BYTES = 500_000_000
 ROW_GROUP_BYTES = 256 * 1024
 """A row group gets as many rows as fit in here, at least one. It is the least that can be fetched of a file: below
 this size a request takes the time of its way, not that of its bytes."""
-CARD_TEXT = """# Prepared data for semantic segmentation
-
-Images, labels and class statistics as `prepare_datasets.py` of the MADM suite wrote them. One dataset by itself:
-
-```python
-import datasets
-
-rows = datasets.load_dataset("{repo_id}", "{name}", split="{split}")
-```
-
-Training reads all of it with `--data_dir {repo_id}`, and with `--streaming` keeps no copy on the disk.
-"""
 
 
 def push_prepared(
@@ -79,8 +65,8 @@ def push_prepared(
 
     datasets = {name: _splits(data_dir, name) for name in names}
     if not redistribution_permitted:
-        for splits in datasets.values():
-            _check_licence(splits.values())
+        for metadata in (metadata for splits in datasets.values() for metadata in splits.values()):
+            check_licence(metadata.dataset, metadata.licence)
     api = HfApi(token=token)
     try:
         repo_id = _create(api, repo_id, private)
@@ -91,18 +77,16 @@ def push_prepared(
     except Exception as error:  # the Hub's client raises many unrelated types
         text = (" ".join(str(error).split()) or type(error).__name__)[:300]
         reason = text.replace(token.strip(), "***") if token else text  # a header that cannot be sent is quoted
-        where = f", in {tempfile.gettempdir()} (TMPDIR chooses another folder)" if _is_local(error) else ""
-        raise UserError(
-            f"--push_to_hub: {', '.join(names)} could not be uploaded to {repo_id} ({reason}{where}). Check "
-            "--hub_dataset_id, the token (`hf auth login`, or --hub_token; it needs the right to write) and the "
-            "network, and give the command again: what has arrived is not sent twice"
-        ) from None
+        what = f"--push_to_hub: {', '.join(names)} could not be uploaded to {repo_id} ({reason}). "
+        if type(error) is OSError:  # of the disk; those of the network are of types of their own
+            remedy = f"Make room in {tempfile.gettempdir()}, or choose another folder with TMPDIR"
+        else:
+            remedy = (
+                "Check --hub_dataset_id, the token (`hf auth login`, or --hub_token; it needs the right to write) and "
+                "the network"
+            )
+        raise UserError(f"{what}{remedy}; then give the command again: what has arrived is not sent twice") from None
     return f"{api.endpoint}/datasets/{repo_id}"
-
-
-def _is_local(error: Exception) -> bool:
-    """Whether the disk, not the network, has failed."""
-    return type(error) is OSError and error.errno is not None
 
 
 def _splits(data_dir: Path, name: str) -> dict[str, Metadata]:
@@ -120,16 +104,18 @@ def _split_order(split: str) -> tuple[bool, str]:
     return split != "train", split
 
 
-def _check_licence(splits: Iterable[Metadata]) -> None:
-    """Refuse a dataset whose owners do not let it be passed on."""
-    for metadata in splits:
-        licence = metadata.licence
-        if licence is None or licence["redistribution"]:
-            continue
+def check_licence(dataset: str, licence: Mapping[str, Any] | None) -> None:
+    """Refuse a dataset whose owners do not let it be passed on.
+
+    Args:
+        dataset: its name.
+        licence: as `Metadata` has it.
+    """
+    if licence is not None and not licence["redistribution"]:
         raise UserError(
-            f"{metadata.dataset} may not be passed on: {licence['summary']} ({licence['url']}). That holds for "
-            "converted images too. If you have the right to upload it, e.g. to a private repository for your own use, "
-            "confirm that with --redistribution_permitted"
+            f"{dataset} may not be passed on: {licence['summary']} ({licence['url']}). That holds for converted "
+            "images too. If you have the right to upload it, e.g. to a private repository for your own use, confirm "
+            "that with --redistribution_permitted"
         )
 
 
@@ -154,32 +140,32 @@ def _push(api: "HfApi", repo_id: str, folder: Path, splits: dict[str, Metadata],
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from tqdm import tqdm
 
-    name, files = folder.name, []
+    name, files, shown = folder.name, [], {}
     with (
         tempfile.TemporaryDirectory(prefix="push-") as temporary,
         tqdm(desc=f"upload {name}", total=sum(m.num_images for m in splits.values()), unit="image") as progress,
     ):
-        for split in splits:
-            at = f"{name}/{split}"
+        for split, metadata in splits.items():
+            at, num_bytes = f"{name}/{split}", 0
             for path in write_shards(folder / split, Path(temporary) / split, shard_bytes):
-                num_rows = pq.read_metadata(path).num_rows
+                num_bytes += path.stat().st_size
+                progress.update(pq.read_metadata(path).num_rows)
+                columns = tuple(pq.read_schema(path).names)
                 file = CommitOperationAdd(f"{at}/{path.name}", path)
                 api.preupload_lfs_files(repo_id, [file], repo_type="dataset")
                 if file.path_or_fileobj == b"":  # it has arrived; otherwise it is small and goes with the commit
                     path.unlink()
                 files.append(file)
-                progress.update(num_rows)
             files.append(CommitOperationAdd(f"{at}/{METADATA_FILE}", folder / split / METADATA_FILE))
-        if (folder / "README.md").is_file():
-            files.append(CommitOperationAdd(f"{name}/README.md", folder / "README.md"))
+            shown[at] = CardSplit(metadata, columns, num_bytes)
         # Read now, so that what another upload has added meanwhile is kept; the commit fails if one comes after this.
         parent = api.repo_info(repo_id, repo_type="dataset").sha
         there = _Uploaded(api, repo_id, parent)
-        card = updated_card(there.card(), repo_id, name, there.splits(name) | splits)
-        files.append(CommitOperationAdd("README.md", card.encode()))
+        card = updated_card(there.card(), repo_id, there.splits(), shown)
+        files.append(CommitOperationAdd(CARD_FILE, card.encode()))
         new = {file.path_in_repo for file in files}
-        replaced = tuple(f"{name}/{split}/" for split in splits)
-        stale = [path for path in there.files if path.startswith(replaced) and path not in new]
+        replaced = tuple(f"{at}/" for at in shown)
+        stale = [path for path in there.sizes if path.startswith(replaced) and path not in new]
         files += [CommitOperationDelete(path) for path in stale]
         api.create_commit(
             repo_id,
@@ -188,6 +174,42 @@ def _push(api: "HfApi", repo_id: str, folder: Path, splits: dict[str, Metadata],
             repo_type="dataset",
             parent_commit=parent,
         )
+
+
+class _Uploaded:
+    """What a repository holds at a commit."""
+
+    def __init__(self, api: "HfApi", repo_id: str, commit: str):
+        self._api, self._repo_id, self._at = api, repo_id, {"repo_type": "dataset", "revision": commit}
+        entries = api.list_repo_tree(repo_id, recursive=True, **self._at)
+        self.sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        """File -> bytes."""
+
+    def card(self) -> str | None:
+        """The repository's README.md, `None` if it has none."""
+        return self._read(CARD_FILE).read_text(encoding="utf-8") if CARD_FILE in self.sizes else None
+
+    def splits(self) -> dict[str, CardSplit]:
+        """`<dataset>/<split>` -> what the card says about it; what cannot be read is left out."""
+        import pyarrow.parquet as pq
+        from huggingface_hub import HfFileSystem
+
+        found, files = {}, HfFileSystem(token=self._api.token)
+        for path in fnmatch.filter(self.sizes, f"*/*/{METADATA_FILE}"):
+            at = path.rsplit("/", 1)[0]
+            shards = fnmatch.filter(self.sizes, f"{at}/*.parquet")
+            try:
+                metadata = Metadata.load(self._read(path).parent)
+                url = f"datasets/{self._repo_id}@{self._at['revision']}/{min(shards)}"
+                with files.open(url, "rb", cache_type="none") as file:
+                    columns = tuple(pq.read_schema(file).names)
+            except ValueError:  # no such metadata (`UserError`), no shards, no Parquet
+                continue
+            found[at] = CardSplit(metadata, columns, sum(self.sizes[shard] for shard in shards))
+        return found
+
+    def _read(self, path: str) -> Path:
+        return Path(self._api.hf_hub_download(self._repo_id, path, **self._at))
 
 
 def write_shards(folder: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> Iterator[Path]:
@@ -236,71 +258,41 @@ def _with_decoding(features: "datasets.Features") -> "datasets.Features":
     )
 
 
-class _Uploaded:
-    """What a repository holds at a commit."""
+def updated_card(text: str | None, repo_id: str, there: dict[str, CardSplit], new: dict[str, CardSplit]) -> str:
+    """README.md of a repository after an upload: a configuration for each dataset, and a description of all.
 
-    def __init__(self, api: "HfApi", repo_id: str, commit: str):
-        self._read = partial(api.hf_hub_download, repo_id, repo_type="dataset", revision=commit)
-        self.files = api.list_repo_files(repo_id, repo_type="dataset", revision=commit)
-
-    def card(self) -> str | None:
-        """The repository's README.md, `None` if it has none."""
-        return Path(self._read("README.md")).read_text(encoding="utf-8") if "README.md" in self.files else None
-
-    def splits(self, name: str) -> dict[str, Metadata]:
-        """Metadata of the splits of a dataset."""
-        found = [path for path in self.files if fnmatch(path, f"{name}/*/{METADATA_FILE}")]
-        return {path.split("/")[1]: Metadata.load(Path(self._read(path)).parent) for path in found}
-
-
-def updated_card(text: str | None, repo_id: str, name: str, splits: dict[str, Metadata]) -> str:
-    """README.md of a repository after an upload of the dataset `name`.
-
-    Its configuration and its section are replaced or added; everything else stays.
+    Where somebody has changed the description, that stays as it is; so do further configurations and fields.
 
     Args:
         text: README.md as it is, `None` if there is none.
         repo_id: of the repository.
-        name: of the dataset.
-        splits: metadata of its splits.
+        there: `<dataset>/<split>` -> what it is, of all that the repository held before.
+        new: the same of what is uploaded.
     """
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import DatasetCard, DatasetCardData
 
-    splits = {split: splits[split] for split in sorted(splits, key=_split_order)}
-    first = next(iter(splits.values()))
-    card = DatasetCard(
-        text or CARD_TEXT.format(repo_id=repo_id, name=name, split=first.split), ignore_metadata_errors=True
-    )
-    data = card.data.to_dict()
-    files = [{"split": split, "path": f"{name}/{split}/data-*.parquet"} for split in splits]
-    configs = {config["config_name"]: config for config in data.get("configs", ())}
-    configs[name] = {"config_name": name, "data_files": files}
+    def description(splits: dict[str, CardSplit]) -> DatasetCard:
+        return dataset_card([splits[at] for at in sorted(splits, key=_order)], repo_id)
+
+    splits, configs = there | new, {}
+    for at in sorted(splits, key=_order):
+        name, split = at.split("/")
+        config = configs.setdefault(name, {"config_name": name, "data_files": []})
+        config["data_files"].append({"split": split, "path": f"{at}/data-*.parquet"})
+    card = description(splits)
+    if text is not None:
+        old = DatasetCard(text, ignore_metadata_errors=True)
+        fields = old.data.to_dict()
+        configs = {config["config_name"]: config for config in fields.get("configs", ())} | configs
+        if there and old.text.strip() == description(there).text.strip():
+            card.data = DatasetCardData(**(fields | card.data.to_dict()))
+        else:
+            card = old
     card.data.configs = list(configs.values())
-    if text is None:
-        card.data.task_categories = ["image-segmentation"]
-    licence = next((metadata.licence for metadata in splits.values() if metadata.licence), None)
-    if licence is not None and not licence["redistribution"]:
-        card.data.license = "other"
-    card.text = _with_section(card.text, name, _section(splits, licence))
     return str(card)
 
 
-def _section(splits: dict[str, Metadata], licence: dict[str, Any] | None) -> str:
-    """What the repository's card says about a dataset."""
-    lines = ["| split | images | height x width | labels |", "|---|---|---|---|"]
-    for split, metadata in splits.items():
-        size = "x".join(map(str, metadata.image_size)) if metadata.image_size else "mixed"
-        labels = f"{len(metadata.class_names)} classes" if metadata.labelled else "no"
-        lines.append(f"| {split} | {metadata.num_images} | {size} | {labels} |")
-    if licence is not None:
-        lines += ["", f"Terms: {licence['summary']} {licence['url']}"]
-    return "\n".join(lines)
-
-
-def _with_section(text: str, title: str, content: str) -> str:
-    """Markdown with the content of the section `## title` replaced, or the section added at its end."""
-    section = f"## {title}\n\n{content}\n"
-    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^#{{1,2}} |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda match: section + ("\n" if match.end() < len(text) else ""), text, count=1)
-    return f"{text.rstrip()}\n\n{section}"
+def _order(at: str) -> tuple[str, bool, str]:
+    """Sort key of `<dataset>/<split>`: training data first."""
+    name, split = at.split("/")
+    return name, split != "train", split

@@ -213,4 +213,4 @@ def validate(
 
 
 def _validation_split(run: "Run", split: str) -> EvaluationDataset:
-    return EvaluationDataset(run.args.data_dir, run.task, split, run.args.resolution)
+    return EvaluationDataset(run.args.data_dir, run.task, split, run.args.resolution, streaming=run.args.streaming)

@@ -268,7 +268,7 @@ class HubUpload:
             try:
                 return action()
             except Exception as error:
-                if not _may_pass(error):
+                if not may_pass(error):
                     raise
                 logger.warning(f"the Hub: {self._reason(error)}; trying again in {pause:g} s")
                 time.sleep(pause)
@@ -299,7 +299,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: not after "forbidden", "not found" or a bad name."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from madm_utils.cli import UserError
-from madm_utils.hub import _may_pass
+from madm_utils.hub import may_pass
 
 if TYPE_CHECKING:
     import fsspec
@@ -61,7 +61,7 @@ class RemoteFolder:
     def read_text(self, name: str) -> str:
         """Content of a file in this folder."""
         if self.snapshot is not None:
-            return patiently(self.url, (self.snapshot / name).read_text)
+            return patiently(self.url, lambda: (self.snapshot / name).read_text(encoding="utf-8"))
         return patiently(f"{self.url}/{name}", lambda: fsspec_of(self.url).cat_file(f"{self.url}/{name}").decode())
 
     def file_urls(self) -> list[str]:
@@ -177,7 +177,7 @@ def patiently(where: str, action: Callable[[], Result]) -> Result:
             found = _behind(error)
             if isinstance(found, _DEFECTS) and not type(found).__module__.startswith("pyarrow"):
                 raise
-            lasting = isinstance(found, (FileNotFoundError, PermissionError)) or not _may_pass(found)
+            lasting = isinstance(found, (FileNotFoundError, PermissionError)) or not may_pass(found)
             if pause is None or lasting:
                 raise DataError(f"{where} {_explained(found)}") from found
             logger.warning(f"{where}: {_one_line(found)}; trying again in {pause:g} s")

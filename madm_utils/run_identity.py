@@ -3,8 +3,8 @@
 from typing import Any
 
 _FREE_SETTINGS = {
-    "output_dir", "data_dir", "pretrained_model_name_or_path", "task_config", "max_train_steps", "dry_run",
-    "dataloader_num_workers", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "data_dir", "streaming", "pretrained_model_name_or_path", "task_config", "max_train_steps",
+    "dry_run", "dataloader_num_workers", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "preempt_signal", "validation_steps", "validate_on", "logging_steps", "report_to",
     "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "gradient_checkpointing",
     "allow_tf32", "device", "engine", "versions",

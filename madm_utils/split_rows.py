@@ -29,11 +29,11 @@ _OPEN_SHARDS = 8
 
 
 def open_rows(folder: Path | RemoteFolder, cache_name: str, streaming: bool) -> "datasets.Dataset | ParquetRows":
-    """Rows of a prepared split; image columns are not decoded yet, or not told apart from others.
+    """Rows of a prepared split.
 
-    Local Arrow files are memory-mapped and local Parquet files read in place. Of elsewhere, `streaming` reads rows of
-    Parquet files when they are asked for; otherwise everything is downloaded into a cache, once: repositories into
-    that of the Hub, other files into that of `datasets`.
+    Local Arrow files are memory-mapped and local Parquet files read in place, with and without `streaming`. Of files
+    elsewhere, `streaming` fetches rows of Parquet when they are asked for; otherwise everything is downloaded, once:
+    a repository into the Hub's cache, other files into that of `datasets`.
 
     Args:
         folder: of the split.

@@ -330,5 +330,5 @@ def summary(runs: Sequence["Run"], log: TrainingLog, state: "State", accelerator
             print(f"best validation{task}: mIoU {best['miou']:.2f} at step {best['step']}")
         print(f"trained model{task}: {folder}")
         command = ("eval_madm.py", "--model_path", folder, "--data_dir", run.args.data_dir)
-        command += ("--output_dir", folder / "evaluation")
+        command += ("--output_dir", folder / "evaluation", *(["--streaming"] if run.args.streaming else []))
         print(f"next{task}: python " + shlex.join(map(str, command)))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from madm_utils.arrow_writer import content_digest, undecoded
+from madm_utils.arrow_writer import content_digest
 from madm_utils.cli import UserError
 from madm_utils.contact_sheet import LABELLED_SAMPLES, UNLABELLED_SAMPLES, Sample, contact_sheet
 from madm_utils.conversion import PublishedStatistics
 from madm_utils.inspection import PreparedRows, RawImages, Seen, inspect_all, one_line
 from madm_utils.label_spaces import IGNORE_INDEX
-from madm_utils.prepared_data import METADATA_FILE, Metadata
+from madm_utils.prepared_data import METADATA_FILE, Metadata, undecoded
 from madm_utils.raw_datasets import RAW_DATASETS, RawDataset, RawFile
 from madm_utils.sampling import evenly_spaced
 from madm_utils.verification_report import NOTE, OK, PROBLEM, Check, Report

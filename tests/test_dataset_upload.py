@@ -3,6 +3,7 @@
 The client reads `HF_ENDPOINT` when it is imported, so it runs in processes of its own.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo
 from huggingface_hub import DatasetCard
 
 import prepare_datasets
+from madm_utils.dataset_card import CardSplit
 from madm_utils.dataset_upload import updated_card, write_shards
 from madm_utils.prepared_data import Metadata
 
@@ -70,6 +72,7 @@ from pathlib import Path
 import datasets, huggingface_hub, torch
 from torch.utils.data import DataLoader
 from madm_utils import dataset_upload
+from madm_utils.dataset_card import CardSplit
 from madm_utils.dataset_upload import push_prepared
 from madm_utils.datasets import AdaptationDataset
 from madm_utils.split_rows import ParquetRows
@@ -124,9 +127,12 @@ print("done")
         for name in ("rgb", "depth")
         for split in ("train", "test")
         for file in ("metadata.json", "data-00000-of-00001.parquet")
-    } | {f"synthetic_{name}/README.md" for name in ("rgb", "depth")}  # the shards of the first upload are gone
+    }  # the shards of the first upload are gone
+    card = DatasetCard(repo.files["README.md"].decode())
+    assert [config["config_name"] for config in card.data.configs] == ["synthetic_rgb", "synthetic_depth"]
+    assert card.text.count("{} |".format(json.loads(repo.files["synthetic_rgb/train/metadata.json"])["content"])) == 1
     before = repo.earlier[list(repo.earlier)[2]]
-    assert sum(".parquet" in path for path in before) > 6
+    assert sum(".parquet" in path for path in before) > 4
     assert before["synthetic_rgb/train/metadata.json"] == (data / "synthetic_rgb/train/metadata.json").read_bytes()
 
 
@@ -142,10 +148,12 @@ def test_what_the_hub_and_the_licence_refuse(hub, data, tmp_path):
     printed = client(
         hub,
         """
-import os
+import os, resource
 from pathlib import Path
+import prepare_datasets
 from madm_utils import remote_data
 from madm_utils.cli import UserError
+from madm_utils.dataset_card import CardSplit
 from madm_utils.dataset_upload import push_prepared
 from madm_utils.remote_data import list_folders, locate
 from madm_utils.prepared_data import open_split
@@ -158,19 +166,25 @@ attempts = {
     "wrong token": lambda: push_prepared(data, ["synthetic_rgb"], "me/x", token="hf_wrong"),
     "read only": lambda: push_prepared(data, ["synthetic_rgb"], "me/private", token=os.environ["READER"]),
     "public": lambda: push_prepared(data, ["synthetic_rgb"], "me/public", token=token),
+    "disk full": lambda: push_prepared(data, ["synthetic_rgb"], "me/full", token=token),
     "unknown": lambda: locate("me/nothing"),
     "not mine": lambda: locate("me/private"),
     "revision": lambda: locate("hf://datasets/me/public@v7"),
-    "no split": lambda: print("there", list_folders(locate("me/there") / "synthetic_rgb")),
+    "there": lambda: print("there", list_folders(locate("me/there") / "synthetic_rgb")),
+    "below": lambda: print("below", list_folders(locate("hf://datasets/me/there/synthetic_rgb"))),
     "bad metadata": lambda: open_split(locate("me/there") / "synthetic_rgb" / "train", streaming=True),
 }
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 for name, attempt in attempts.items():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]) if name == "disk full" else unlimited)
     try:
         attempt()
     except UserError as error:
         print(f"{name}: {error}")
 push_prepared(forbidden, ["cityscapes"], "me/mine", redistribution_permitted=True, token=token)
-push_prepared(data, ["synthetic_rgb"], "me/public", private=False, token=token)
+flags = "--dataset synthetic --num_train 4 --num_test 2 --resolution 64 --push_to_hub --hub_public_repo".split()
+paths = ["--output_dir", str(data), "--hub_dataset_id", "me/public", "--hub_token", token]
+assert prepare_datasets.main([*flags, *paths]) == 0
 """,
         tmp_path,
         DATA=data,
@@ -185,37 +199,52 @@ push_prepared(data, ["synthetic_rgb"], "me/public", private=False, token=token)
         "wrong token": r"--push_to_hub: .* could not be uploaded to me/x \(.*Invalid credentials.*--hub_dataset_id",
         "read only": r"--push_to_hub: synthetic_rgb could not be uploaded to me/private \(.*403",
         "public": r"--push_to_hub: me/public exists and is public; .*--hub_public_repo",
+        "disk full": r"--push_to_hub: .* \(.*too large.*\). Make room in /.*, or choose another folder with TMPDIR",
         "unknown": r"--data_dir me/nothing \(no such folder, so a dataset on the Hub\) does not exist on the Hub,",
         "not mine": r"--data_dir me/private .* may not be read with this token: .*hf auth login",
         "revision": r"--data_dir hf://datasets/me/public@v7 does not exist: the repository has no such revision",
         "bad metadata": r"hf://datasets/me/there@\w{40}/synthetic_rgb/train/metadata.json cannot be read as metadata",
     }.items():
         assert re.match(message, lines[name]), lines[name]
-    assert "there ['train']" in printed
+    assert (
+        "there ['train']" in printed
+        and "below ['train']" in printed
+        and f" to {hub.url}/datasets/me/public" in printed
+    )
     uploaded = {name for name, repo in hub.repos.items() if repo.commits}
     assert uploaded == {"datasets/me/mine", "datasets/me/public"}
     card = DatasetCard(hub.repos["datasets/me/mine"].files["README.md"].decode())
-    assert card.data.license == "other" and "Terms: Research use only; not to be passed on. https" in card.text
+    assert card.data.license == "other" and "Research use only; not to be passed on. <https" in card.text
 
 
 # --- without a server ------------------------------------------------------------------------------------------------
 
 
-def test_card_keeps_what_others_wrote(data):
-    """A second dataset is added; an upload of the first replaces its own part."""
-    splits = {split: Metadata.load(data / "synthetic_rgb" / split) for split in ("train", "test")}
-    first = updated_card(None, "me/x", "a", splits)
+def test_card_lists_all_datasets_and_keeps_what_others_wrote(data):
+    """Another dataset is added; new data of the first replace what is said about it, unless somebody has edited."""
+
+    def shown(name: str, split: str, **changes) -> dict[str, CardSplit]:
+        metadata = Metadata.load(data / "synthetic_rgb" / split)
+        return {f"{name}/{split}": CardSplit(replace(metadata, dataset=name, **changes), ("image", "label"), 1000)}
+
+    def config(name: str, *splits: str) -> dict:
+        files = [{"split": split, "path": f"{name}/{split}/data-*.parquet"} for split in splits]
+        return {"config_name": name, "data_files": files}
+
+    one = shown("a", "test") | shown("a", "train")
+    first = updated_card(None, "me/x", {}, one)
     assert 'load_dataset("me/x", "a", split="train")' in first and "--data_dir me/x" in first
-    edited = first.replace("# Prepared data", "# My data").replace("configs:", "language: en\nconfigs:")
-    second = updated_card(edited + "\nA remark.\n", "me/x", "b", {"train": splits["train"]})
-    third = DatasetCard(updated_card(second, "me/x", "a", {"test": replace(splits["test"], num_images=77)}))
-    assert third.data.language == "en" and third.data.configs == [
-        {"config_name": "a", "data_files": [{"split": "test", "path": "a/test/data-*.parquet"}]},
-        {"config_name": "b", "data_files": [{"split": "train", "path": "b/train/data-*.parquet"}]},
-    ]
-    assert third.text.count("## ") == 2 and "# My data" in third.text
-    a, b = third.text.split("## a")[1].split("## b")
-    assert "| test | 77 | 64x64 | 11 classes |" in a and "| train | 4 |" in b and "train" not in a
+    own = first.replace("configs:", "language: en\nconfigs:\n- config_name: own\n  data_files: own.csv")
+    second = updated_card(own, "me/x", one, shown("b", "train"))
+    third = DatasetCard(updated_card(second, "me/x", one | shown("b", "train"), shown("a", "test", num_images=77)))
+    mine = {"config_name": "own", "data_files": "own.csv"}
+    assert third.data.language == "en"
+    assert third.data.configs == [mine, config("a", "train", "test"), config("b", "train")]
+    assert "## a" in third.text and "## b" in third.text and "| test | 77 | 64x64 |" in third.text
+
+    edited = DatasetCard(updated_card(first + "\nA remark.\n", "me/x", one, shown("b", "train")))
+    assert edited.text.strip() == (DatasetCard(first).text + "\nA remark.").strip()
+    assert edited.data.configs == [config("a", "train", "test"), config("b", "train")]
 
 
 def test_shards_hold_the_rows_in_order(data, tmp_path):

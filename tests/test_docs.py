@@ -10,8 +10,8 @@ import yaml
 import convert_original_madm
 import eval_madm
 import predict_madm
-import prepare_datasets
 from madm_utils.args import parse_train_args, train_parser
+from madm_utils.prepare_args import parse_prepare_args
 from madm_utils.tasks import load_task, task_from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -20,10 +20,12 @@ PARSERS = {
     "train_madm.py": lambda flags: parse_train_args(train_parser(""), flags),
     "eval_madm.py": eval_madm.parse_args,
     "predict_madm.py": predict_madm.parse_args,
-    "prepare_datasets.py": prepare_datasets.parse_args,
+    "prepare_datasets.py": lambda flags: parse_prepare_args("", flags),
     "convert_original_madm.py": convert_original_madm.parse_args,
 }
-VARIABLES = {"TASK": "cityscapes_to_deliver_depth", "RAW": "raw", "DATA": "data", "OUT": "out"}
+VARIABLES = {"TASK": "cityscapes_to_deliver_depth", "RAW": "raw", "DATA": "data", "OUT": "out"} | {
+    "SLURM_ARRAY_TASK_ID": "3"
+}
 
 
 def commands() -> list[tuple[str, str, list[str]]]:

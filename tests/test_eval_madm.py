@@ -172,7 +172,7 @@ def training_run(model: Path, data: Path) -> SimpleNamespace:
     student = MADMModel.from_pretrained(model).train()
     student.extractor.vae.eval()
     student.segmenter.head.dropout.eval()
-    args = SimpleNamespace(data_dir=data, resolution=RESOLUTION, dataloader_num_workers=0)
+    args = SimpleNamespace(data_dir=data, streaming=False, resolution=RESOLUTION, dataloader_num_workers=0)
     return SimpleNamespace(name="", task=TASK, model=student, args=args, step=7)
 
 

@@ -215,18 +215,22 @@ def test_one_request_per_row(unsteady):
         Unsteady.reads.clear()
 
 
-def test_training_and_evaluation(parquet, tmp_path):
-    """The scripts take an address and --streaming; the run records what it was trained on."""
+def test_training_and_evaluation(data, parquet, tmp_path):
+    """The scripts take an address and --streaming; the run records what it was trained on, and goes on with the same
+    data from another place."""
     url = put(parquet, "memory://bucket/data")
     flags = "--task synthetic_to_depth --resolution 64 --projection_channels 32 --bottleneck_channels 32 --streaming"
-    flags += " --head_channels 16 --rank 4 --rare_class_min_pixels 10 --max_train_steps 2 --report_to none"
+    flags += " --head_channels 16 --rank 4 --rare_class_min_pixels 10 --report_to none --validate_on test"
     paths = ("--data_dir", url, "--output_dir", tmp_path / "run", "--pretrained_model_name_or_path", base_folder())
     argv = [*flags.split(), "--dataloader_num_workers", "0", *map(str, paths)]
-    assert train_madm.main(argv) == 0
+    assert train_madm.main([*argv, "--max_train_steps", "1"]) == 0
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["settings"]["data_dir"] == url and record["settings"]["streaming"] is True
     for split in SPLITS[:2]:
         assert record["data"][split] == json.loads((parquet / split / "metadata.json").read_text())["fingerprint"]
+    argv = [flag for flag in argv if flag != "--streaming"]
+    argv[argv.index(url)] = str(data)
+    assert train_madm.main([*argv, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"]) == 0
     paths = ("--model_path", tmp_path / "run", "--data_dir", url, "--output_dir", tmp_path / "scores")
     eval_madm.main([*map(str, paths), "--streaming", "--dataloader_num_workers", "0"])
     assert json.loads((tmp_path / "scores/metrics.json").read_text())["num_images"] == 2

@@ -299,6 +299,7 @@ def adapter_run(model, name: str, out: Path, **args) -> SimpleNamespace:
         "gradient_accumulation_steps": 3,
         "resolution": 64,
         "data_dir": "my data",
+        "streaming": name == "event",
         "output_dir": str(out),
     }
     return SimpleNamespace(
@@ -360,7 +361,9 @@ def test_summary(tmp_path, capsys, monkeypatch):
     assert printed.count("best validation") == 1
     assert f"trained model: {tmp_path}/out put\n" in printed
     folder = f"{tmp_path}/out put/event"
-    command = f"eval_madm.py --model_path '{folder}' --data_dir 'my data' --output_dir '{folder}/evaluation'"
+    command = (
+        f"eval_madm.py --model_path '{folder}' --data_dir 'my data' --output_dir '{folder}/evaluation' --streaming"
+    )
     assert f"trained model (event): {folder}\nnext (event): python {command}\n" in printed
 
 
