@@ -265,9 +265,7 @@ def write_raw_scenes(args: argparse.Namespace) -> None:
     temporary = args.output_dir / f".raw.tmp-{os.getpid()}"
     try:
         layouts = ALL_LAYOUTS if args.as_raw == "all" else TASK_LAYOUTS
-        write_raw_layouts(
-            temporary, args.num_train, args.num_test, args.seed, args.resolution, layouts=layouts
-        )
+        write_raw_layouts(temporary, args.num_train, args.num_test, args.seed, args.resolution, layouts=layouts)
         folders = sorted(temporary.iterdir())
         for folder in folders:
             replace_folder(folder, args.output_dir / folder.name)

@@ -34,7 +34,7 @@ from madm_utils.cli import UserError
 from madm_utils.conversion import PublishedStatistics, RawConversion, SceneConversion, row_features
 from madm_utils.files import replace_folder, replacing
 from madm_utils.label_spaces import STREET_CLASSES
-from madm_utils.prepared_data import Metadata, undecoded
+from madm_utils.prepared_data import METADATA_FILE, Metadata, undecoded
 from madm_utils.raw_files import RawPath
 from madm_utils.raw_search import RawDataset, RawFile
 from madm_utils.transforms import Size
@@ -300,11 +300,10 @@ def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
     metadata.save(folder)
     final = output_dir / dataset / split
     replace_folder(folder, final)
-    for path in (*final.glob("data-*.json"), *final.glob(".*.lock"), final / PLAN_FILE):
-        path.unlink()
-    for path, chunk in zip(paths, chunks, strict=True):
-        if not chunk.rows:
-            (final / path.name).unlink()
+    written = {path.name for path, chunk in zip(paths, chunks, strict=True) if chunk.rows}
+    for path in final.iterdir():  # records of the chunks, locks, and what killed runs have left
+        if path.name not in written | {"dataset_info.json", "state.json", METADATA_FILE}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return metadata
 
 
@@ -459,13 +458,17 @@ class _Tally:
             )
 
 
-_worker: tuple[_Work, Any] | None = None
-"""In a worker process: the work, and the counter of finished images that it shares with the main process."""
+class _Stopped(Exception):
+    """The main process wants no more chunks."""
 
 
-def _start_worker(work: _Work, counter: Any) -> None:
+_worker: tuple[_Work, Any, Any] | None = None
+"""In a worker process: the work, the counter of finished images, and the event that ends the work before its end."""
+
+
+def _start_worker(work: _Work, counter: Any, stop: Any) -> None:
     global _worker
-    _worker = (work, counter)
+    _worker = (work, counter, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work in order
     parent = multiprocessing.parent_process()
     # Without this, workers outlive a main process that was killed, and go on writing.
@@ -473,9 +476,11 @@ def _start_worker(work: _Work, counter: Any) -> None:
 
 
 def _make_in_worker(job: _Job) -> Chunk:
-    work, counter = _worker
+    work, counter, stop = _worker
 
     def advance() -> None:
+        if stop.is_set():
+            raise _Stopped
         with counter.get_lock():
             counter.value += 1
 
@@ -490,8 +495,8 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
             tally.add(work.make(job, progress.update))
         return
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (work, counter))
+    counter, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (work, counter, stop))
     try:
         pending: set[Future[Chunk]] = {pool.submit(_make_in_worker, job) for job in jobs}
         shown = 0
@@ -507,6 +512,7 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
             "same command again with a smaller --num_proc"
         ) from None
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -172,7 +172,7 @@ def test_source_of_an_earlier_task_is_kept_and_the_same_again_needs_overwrite(ra
     (raw / "FMB/train/Infrared/00003.png").unlink()
     prepare("--dataset", "fmb", "--raw_dir", raw, "--output_dir", out, "--overwrite")
     assert len(load(out / "fmb/train")[0]) == 1
-    assert sorted(p.name for p in (out / "fmb").iterdir()) == ["test", "train"]
+    assert sorted(p.name for p in (out / "fmb").iterdir()) == ["README.md", "test", "train"]
 
 
 def test_max_samples_is_spread_over_the_split(raw, out):

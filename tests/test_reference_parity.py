@@ -67,8 +67,8 @@ TEACHER_NAMES = {
 }
 
 # ReLUs of the student's projections whose argument is zero up to rounding: at most 1.3e-5 in float64, while float32 is
-# off by 4e-6 to 8e-6 (one standard deviation). The side they fall on differs between CPUs, and in the coarse maps one of
-# them can change the norm of a gradient by 1.4 %. So in the first pass they fall on the side of the published run:
+# off by 4e-6 to 8e-6 (one standard deviation). The side they fall on differs between CPUs, and in the coarse maps one
+# can change the norm of a gradient by 1.4 %. So in the first pass they fall on the side of the published run:
 # (projection, layer) -> [(0 source or 1 mixed image, (image, channel, y, x), side)].
 UNDECIDED = {
     (2, "conv2"): [(1, (0, 9, 2, 29), 1), (1, (0, 27, 3, 22), -1)],
@@ -478,7 +478,7 @@ class Tolerance:
 
 # AdamW's first updates are nearly sign(gradient): where a gradient is rounding noise, a parameter takes a whole step
 # either way, which puts ReLUs of the next pass on the other side of zero. Runs of ours that differ in rounding alone
-# disagree in a gradient by 0.03 % (median of the tensors) in the first iteration, 2.7 % in the second, 8 % in the third.
+# disagree in a gradient (median of the tensors) by 0.03 % in the first iteration, 2.7 % in the second, 8 % in the third.
 TOLERANCES = [
     Tolerance(losses=1e-4, gradient_norm=1e-3, length=2e-3, way=0.05),
     Tolerance(losses=2e-3, gradient_norm=5e-3, length=2e-2, way=0.1),
