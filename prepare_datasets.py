@@ -24,11 +24,12 @@ A command that was interrupted goes on where it stopped when it is given again.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,16 +37,19 @@ from madm_utils import cli
 from madm_utils.arrow_writer import (
     SplitPlan,
     check_chunks,
+    check_complete,
+    check_replaceable,
     collect_chunks,
     plan_raw_split,
     plan_synthetic_split,
+    planned_splits,
     publish_split,
     write_chunks,
 )
 from madm_utils.cli import UserError
 from madm_utils.conversion import PublishedStatistics, RawConversion
 from madm_utils.file_lists import find_listed_files, read_file_lists
-from madm_utils.files import check_writable, replace_folder
+from madm_utils.files import check_writable, replace_folder, writing
 from madm_utils.prepare_args import (
     SYNTHETIC_DATASETS,
     event_settings,
@@ -105,7 +109,7 @@ def find_raw_splits(
     if args.raw_dir is None:
         raise UserError(f"--raw_dir is needed: the folder that holds {', '.join(names)} as downloaded")
     lists = read_file_lists(args.file_list)
-    tree = RawTree.open(args.raw_dir, args.output_dir / UNPACKED)
+    tree = without_output(RawTree.open(args.raw_dir, args.output_dir / UNPACKED), args.output_dir)
     options = RawOptions(events=event_settings(args))
     found = []
     for name in names:
@@ -130,6 +134,15 @@ def find_raw_splits(
     if not found and on_problem is None:
         raise UserError(f"the file lists name no split of {', '.join(names)}; which dataset are they for?")
     return found
+
+
+def without_output(tree: RawTree, output_dir: Path) -> RawTree:
+    """`tree` without what lies below `output_dir`: prepared data in a raw folder are not raw data."""
+    inside = output_dir.absolute()
+    if not inside.is_relative_to(tree.raw_dir.absolute()) or inside == tree.raw_dir.absolute():
+        return tree
+    prefix = inside.relative_to(tree.raw_dir.absolute()).as_posix() + "/"
+    return replace(tree, files={path: file for path, file in tree.files.items() if not path.startswith(prefix)})
 
 
 def find_statistics(tree: RawTree, files: list[RawFile]) -> PublishedStatistics | None:
@@ -158,44 +171,47 @@ def make_plans(args: argparse.Namespace) -> list[SplitPlan]:
                 count = min(count, args.max_samples or count)
                 plans.append(plan_synthetic_split(modality, split, labelled, count, args.seed, args.resolution))
     for found in find_raw_splits(args):
-        spec = found.dataset.splits.get(found.split)
-        size = stored_size(args, spec.stored_size if spec else None, found.split)
+        size = stored_size(args, found.dataset.name, found.dataset.splits[found.split])
         files = [found.files[i] for i in evenly_spaced(len(found.files), args.max_samples)]
-        settings = {"image_range": args.image_range, "events": event_settings_of(files[0])}
-        plans.append(
-            plan_raw_split(found.dataset, found.split, files, size, settings, args.image_range, found.statistics)
-        )
+        # The source of a task is the same data whatever range the target's images have.
+        image_range = args.image_range if args.dataset or found.dataset.name != args.names[0] else None
+        settings = {
+            "image_range": image_range,
+            "events": event_settings_of(files[0]),
+            "label_map": args.label_map and hashlib.sha256(args.label_map.read_bytes()).hexdigest(),
+        }
+        plans.append(plan_raw_split(found.dataset, found.split, files, size, settings, image_range, found.statistics))
     return plans
 
 
 def skip_prepared(plans: list[SplitPlan], args: argparse.Namespace) -> list[SplitPlan]:
-    """Return the plans still to be written.
-
-    A source dataset that an earlier task has prepared from the same files is kept, unless everything is there; when
-    the prepared data are to be checked or uploaded, whatever is there is kept.
+    """Return the plans still to be written; what is prepared already from the same files is kept.
 
     Raises:
-        UserError: splits are there already and neither `--overwrite` nor the above holds.
+        UserError: splits are there that were made from other files or with other settings, without `--overwrite`.
     """
-    there = [] if args.overwrite else [p for p in plans if (args.output_dir / p.dataset / p.split).exists()]
-    for plan in there:
+    todo = []
+    for plan in plans:
         folder = args.output_dir / plan.dataset / plan.split
-        same = Metadata.load(folder).fingerprint == plan.fingerprint
-        if (len(there) == len(plans) and not (args.verify or args.push_to_hub)) or not (same or args.verify):
-            made = "the same files with the same settings" if same else "other files or with other settings"
+        check_replaceable(folder)
+        if args.overwrite or not folder.exists():
+            todo.append(plan)
+        elif Metadata.load(folder).source == plan.fingerprint:
+            print(f"{plan.dataset} {plan.split}: already prepared from the same files, kept")
+        else:
             raise UserError(
-                f"{folder} already holds prepared data, made from {made}; add --overwrite to replace it, choose "
-                "another --output_dir, or add --verify to check what is there"
+                f"{folder} already holds prepared data, made from other files or with other settings; add --overwrite "
+                "to replace it, choose another --output_dir, or check what is there with --verify and no --raw_dir"
             )
-        print(f"{plan.dataset} {plan.split}: already prepared{' from the same files' if same else ''}, kept")
-    return [plan for plan in plans if plan not in there]
+    return todo
 
 
 def prepare(plans: list[SplitPlan], args: argparse.Namespace) -> None:
     """Write every plan, and only when all are complete give them their names."""
     check_writable(args.output_dir)
+    splits = [f"{plan.dataset}/{plan.split}" for plan in plans]
     for plan in plans:
-        write_chunks(plan, args.output_dir, args.num_proc, args.shard, on_error(args), args.overwrite)
+        write_chunks(plan, args.output_dir, args.num_proc, args.shard, on_error(args), args.overwrite, splits)
         if isinstance(plan.convert, RawConversion) and plan.convert.published:
             print(f"{plan.dataset} {plan.split}: class statistics agree with {plan.convert.published.path}")
     if args.shard.count > 1:
@@ -206,28 +222,25 @@ def prepare(plans: list[SplitPlan], args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> list[Path]:
-    """`--merge`: join the shares of every split that is in progress, check their content, and publish them."""
+    """`--merge`: join the shares of every split that the command had, check their content, and publish them."""
     check_writable(args.output_dir)
     places = [args.output_dir, *args.merge]
-    splits = sorted(
-        {
-            (name, path.name[1:].removesuffix(".partial"))
-            for name in args.names
-            for place in places
-            for path in (place / name).glob(".*.partial")
-        }
-    )
-    if not splits:
+    planned = dict.fromkeys(split for place in places for name in args.names for split in planned_splits(place, name))
+    if not planned:
         where = ", ".join(str(place / name) for place in places for name in args.names)
         raise UserError(f"nothing to merge: no share of --shard in {where}")
+    splits = [tuple(split.split("/")) for split in planned if split.split("/")[0] in args.names]
     for dataset, split in splits:
         final = args.output_dir / dataset / split
+        check_replaceable(final)
         if final.exists() and not args.overwrite:
             raise UserError(f"{final} already holds prepared data; add --overwrite to replace it")
         collect_chunks(args.merge, args.output_dir, dataset, split)
         check_chunks(args.output_dir, dataset, split)
     for dataset, split in splits:
-        publish_split(args.output_dir, dataset, split)
+        check_complete(args.output_dir, dataset, split)
+    for dataset, split in splits:
+        publish_split(args.output_dir, dataset, split, args.max_errors)
     return [args.output_dir / dataset / split for dataset, split in splits]
 
 
@@ -267,6 +280,9 @@ def write_raw_scenes(args: argparse.Namespace) -> None:
         layouts = ALL_LAYOUTS if args.as_raw == "all" else TASK_LAYOUTS
         write_raw_layouts(temporary, args.num_train, args.num_test, args.seed, args.resolution, layouts=layouts)
         folders = sorted(temporary.iterdir())
+        there = [str(args.output_dir / folder.name) for folder in folders if (args.output_dir / folder.name).exists()]
+        if there and not args.overwrite:
+            raise UserError(f"{', '.join(there)} already there; add --overwrite to replace, or choose another folder")
         for folder in folders:
             replace_folder(folder, args.output_dir / folder.name)
     finally:
@@ -280,7 +296,6 @@ def verify_raw_files(args: argparse.Namespace) -> list["Report"]:
 
     broken = []
     found = find_raw_splits(args, lambda *problem: broken.append(unusable_raw(*problem)))
-    scratch = args.output_dir / UNPACKED
     return broken + [
         verify_raw(
             one.dataset,
@@ -290,7 +305,7 @@ def verify_raw_files(args: argparse.Namespace) -> list["Report"]:
             image_range=args.image_range,
             complete=not args.file_list,
             statistics=one.statistics,
-            scratch=scratch if scratch.is_dir() else None,
+            scratch=args.output_dir / UNPACKED,
         )
         for one in found
     ]
@@ -363,13 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare, verify, describe and upload what the command line asks for."""
     args = parse_prepare_args(__doc__, argv)
     try:
-        code = run(args)
-        if args.shard.count == 1:  # further shares read the decompressed archives, too
-            shutil.rmtree(args.output_dir / UNPACKED, ignore_errors=True)
-        return code
+        with writing(args.output_dir):
+            return run(args)
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    finally:
+        if args.shard.count == 1:  # further shares read the decompressed archives, too
+            shutil.rmtree(args.output_dir / UNPACKED, ignore_errors=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -85,10 +85,9 @@ def bench_preparation(folder: Path, args: argparse.Namespace) -> None:
     from PIL import Image
 
     from madm_utils.arrow_writer import plan_raw_split
-    from madm_utils.label_spaces import class_pixel_counts
     from madm_utils.raw_datasets import RAW_DATASETS, RawOptions, find_files
     from madm_utils.raw_files import RawTree
-    from madm_utils.raw_labels import decode_label
+    from madm_utils.raw_labels import read_label
 
     root = draw_raw_tree(folder, args.images)
     polygons = sorted(root.glob("Cityscapes/gtFine/train/*/*_polygons.json"))
@@ -109,13 +108,11 @@ def bench_preparation(folder: Path, args: argparse.Namespace) -> None:
 
     def own_labels() -> None:
         for file in files:
-            class_pixel_counts(decode_label(file), 19)
+            read_label(file)
 
     def own_stored_labels() -> None:
         for file in files:
-            label = decode_label(file)
-            class_pixel_counts(label, 19)
-            plan.convert.store_label(label)
+            plan.convert.store_label(read_label(file)[0])
 
     plan = plan_raw_split(dataset, "train", files, dataset.splits["train"].stored_size, {})
     native = replace(plan.convert, stored_size=None)

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,23 @@ import numpy as np
 from madm_utils.cli import UserError
 from madm_utils.conversion import PublishedStatistics, RawConversion, SceneConversion, row_features
 from madm_utils.files import replace_folder, replacing
+from madm_utils.interruption import uninterrupted
 from madm_utils.label_spaces import STREET_CLASSES
-from madm_utils.prepared_data import METADATA_FILE, Metadata, undecoded
+from madm_utils.prepared_data import METADATA_FILE, Metadata
 from madm_utils.raw_files import RawPath
 from madm_utils.raw_search import RawDataset, RawFile
 from madm_utils.transforms import Size
 
 ROWS_IN_MEMORY = 16
 """Rows a process holds before they go to disk; a native Cityscapes image is about 2.5 MB."""
-SMALLEST_CHUNK = 16
-MOST_CHUNKS = 48
-"""A split of any size becomes about so many Arrow files. Fixed, so that every machine cuts it alike."""
+CHUNK_SIZES = (16, 64)
+"""Fewest and most images of an Arrow file; in between a split becomes `CHUNKS` files. Every machine cuts it alike."""
+CHUNKS = 48
+CONVERSION = 1
+"""Part of every fingerprint; to be increased when the same files and settings come to give other rows."""
 PLAN_FILE = "plan.json"
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class SplitPlan:
     convert: Callable[[Any, Path], dict[str, Any]]
     """Picklable; (item, scratch folder) -> row, with `height` and `width` of the stored image."""
     identities: Sequence[Any]
-    """What each item's row depends on beside `settings`, as JSON values."""
+    """What each item's row depends on beside `settings`, as JSON values that are equal on every machine."""
+    stamps: Sequence[Any] = ()
+    """Of each item, what changes on this machine when its files are written again; compared in work in progress."""
     settings: dict[str, Any] = field(default_factory=dict)
     resized: bool = False
     events: bool = False
@@ -75,7 +81,7 @@ class SplitPlan:
     def chunks(self) -> list[range]:
         """Positions of the items of each chunk."""
         count = len(self.items)
-        size = max(SMALLEST_CHUNK, -(-count // MOST_CHUNKS))
+        size = min(max(CHUNK_SIZES[0], -(-count // CHUNKS)), CHUNK_SIZES[1])
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def describe(self) -> dict[str, Any]:
@@ -88,8 +94,16 @@ class SplitPlan:
             "licence": self.licence,
             "fingerprint": self.fingerprint,
             "num_items": len(self.items),
-            "chunks": [_digest(self._head(), [self.identities[i] for i in chunk]) for chunk in self.chunks()],
+            "chunks": [self.chunk_digest(chunk) for chunk in self.chunks()],
         }
+
+    def chunk_digest(self, chunk: range) -> str:
+        """Digest of the items of a chunk and of how they are converted."""
+        return _digest(self._head(), [self.identities[i] for i in chunk])
+
+    def chunk_stamp(self, chunk: range) -> str:
+        """Digest of the `stamps` of a chunk."""
+        return _digest([self.stamps[i] for i in chunk] if self.stamps else [])
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -97,6 +111,7 @@ class SplitPlan:
             "split": self.split,
             "class_names": list(self.class_names),
             "settings": self.settings,
+            "conversion": CONVERSION,
         }
 
 
@@ -106,8 +121,12 @@ class Chunk:
 
     digest: str
     """Of the items and settings it was made from."""
+    stamp: str
+    """Of the files it was made from, on the machine that made it."""
     num_bytes: int
     """Size of its Arrow file."""
+    sha256: str
+    """Of its Arrow file."""
     rows: tuple[str, ...]
     """SHA-256 of each row's images and label."""
     sizes: tuple[tuple[int, int], ...]
@@ -128,6 +147,20 @@ class Chunk:
             return chunk if path.with_suffix(".arrow").stat().st_size == chunk.num_bytes else None
         except (OSError, ValueError, TypeError, AttributeError):
             return None
+
+    def check(self, path: Path) -> None:
+        """Compare the Arrow file `path` with the record; a damaged chunk is removed.
+
+        Raises:
+            UserError: the file has changed since it was written.
+        """
+        if _sha256(path) != self.sha256:
+            path.with_suffix(".json").unlink()
+            path.unlink()
+            raise UserError(
+                f"{path} was damaged after it was written and is removed; run its share (--shard I/N) again, with "
+                f"--output_dir {path.parents[2]}, then --merge"
+            )
 
 
 @dataclass(frozen=True)
@@ -171,6 +204,7 @@ def plan_raw_split(
         files,
         RawConversion(len(dataset.class_names), stored_size, image_range, published),
         [_identity(file) for file in files],
+        [_stamp(file) for file in files],
         {**settings, "stored_size": None if stored_size is None else list(stored_size)},
         stored_size is not None,
         any(file.events is not None for file in files),
@@ -191,6 +225,7 @@ def plan_synthetic_split(modality: str, split: str, labelled: bool, count: int, 
         items,
         SceneConversion(split, modality, side, labelled),
         items,
+        (),
         {"seed": seed, "resolution": side, "labelled": labelled},
     )
 
@@ -201,11 +236,26 @@ def partial_folder(output_dir: Path, dataset: str, split: str) -> Path:
 
 
 def write_chunks(
-    plan: SplitPlan, output_dir: Path, num_proc: int, share: Share, on_error: OnError, overwrite: bool = False
+    plan: SplitPlan,
+    output_dir: Path,
+    num_proc: int = 1,
+    share: Share = Share(),  # noqa: B008 (frozen)
+    on_error: OnError = OnError(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+    splits: Sequence[str] = (),
 ) -> None:
     """Make the chunks of `share` that are not there yet.
 
     Memory does not grow with the number of images: every process holds `ROWS_IN_MEMORY` of them.
+
+    Args:
+        plan: what to write.
+        output_dir: folder of the prepared data.
+        num_proc: worker processes.
+        share: chunks to make.
+        on_error: what to do about images that cannot be used.
+        overwrite: discard work in progress of another plan.
+        splits: every `<dataset>/<split>` of the command, which `--merge` then expects.
 
     Raises:
         UserError: an image or label that cannot be used (the message names the file), more of them than
@@ -216,19 +266,21 @@ def write_chunks(
 
     folder = partial_folder(output_dir, plan.dataset, plan.split)
     with _claimed(folder, share):
-        if overwrite and _stored_plan(folder) not in (None, plan.describe()):
+        if overwrite and not _same_plan(_stored_plan(folder), plan.describe()):
             for path in folder.iterdir():
                 if not path.name.endswith(".lock"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        finished = _finished_chunks(plan, folder)
         chunks = plan.chunks()
         mine = [i for i in range(len(chunks)) if i in share]
+        finished = _finished_chunks(plan, folder, on_error)
         done = [i for i in mine if i in finished]
         if done:
             print(f"{plan.dataset} {plan.split}: {len(done)} of {len(mine)} shards are there already, going on")
         with replacing(folder / PLAN_FILE) as path:
-            path.write_text(json.dumps(plan.describe(), indent=1) + "\n", encoding="utf-8")
-        tally = _Tally(plan, on_error, [skip for i in done for skip in finished[i].skipped])
+            path.write_text(json.dumps({**plan.describe(), "splits": list(splits)}, indent=1) + "\n", encoding="utf-8")
+        tally = _Tally(plan, on_error)
+        for i in done:
+            tally.add(finished[i])
         jobs = [_Job(i, chunks[i], _chunk_path(folder, i, len(chunks))) for i in mine if i not in finished]
         with tqdm(
             total=sum(len(chunks[i]) for i in mine),
@@ -239,18 +291,16 @@ def write_chunks(
             _run(_Work(plan, on_error), jobs, num_proc, progress, tally)
 
 
-def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
-    """Give a split whose chunks are all there its final name, `output_dir/<dataset>/<split>`, replacing an older one.
+def check_complete(output_dir: Path, dataset: str, split: str) -> tuple[dict[str, Any], list[Chunk]]:
+    """Return the plan of a split in progress (`SplitPlan.describe`) and its chunks, which are all there.
 
     Raises:
-        UserError: chunks are missing; the message says which shares make them.
+        UserError: chunks are missing; the message says what to do.
     """
-    import datasets
-
     folder = partial_folder(output_dir, dataset, split)
     plan = _stored_plan(folder)
     if plan is None:
-        raise UserError(f"{folder} holds no work in progress; prepare {dataset} first")
+        raise UserError(f"{dataset} {split}: {folder} holds no finished share; prepare it first")
     count = len(plan["chunks"])
     paths = [_chunk_path(folder, i, count) for i in range(count)]
     found = [Chunk.load(path.with_suffix(".json")) for path in paths]
@@ -262,11 +312,31 @@ def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
             f"{(missing or ['one of other settings'])[0]}; run the shares (--shard I/N) that have not finished, "
             "then --merge again"
         )
+    return plan, chunks
+
+
+def publish_split(output_dir: Path, dataset: str, split: str, max_skipped: int | None = None) -> Metadata:
+    """Give a split whose chunks are all there its final name, `output_dir/<dataset>/<split>`, replacing an older one.
+
+    Raises:
+        UserError: chunks are missing (the message says which shares make them), more than `max_skipped` images were
+            left out, or what has the final name is no prepared data.
+    """
+    import datasets
+
+    folder = partial_folder(output_dir, dataset, split)
+    plan, chunks = check_complete(output_dir, dataset, split)
+    paths = [_chunk_path(folder, i, len(chunks)) for i in range(len(chunks))]
+    final = output_dir / dataset / split
+    check_replaceable(final)
     num_images = sum(len(chunk.rows) for chunk in chunks)
     skipped = [skip for chunk in chunks for skip in chunk.skipped]
+    if max_skipped is not None and len(skipped) > max_skipped:
+        raise UserError(_too_many(dataset, split, skipped, max_skipped))
     if not num_images:
         raise UserError(f"{dataset} {split}: not one image could be used; first: {skipped[0]['reason']}")
     sizes = {size for chunk in chunks for size in chunk.sizes}
+    content = content_digest(row for chunk in chunks for row in chunk.rows)
     metadata = Metadata(
         dataset,
         split,
@@ -274,13 +344,14 @@ def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
         num_images,
         sizes.pop() if len(sizes) == 1 else None,
         _total(chunk.class_pixel_counts for chunk in chunks) if plan["labelled"] else None,
-        _digest(plan["fingerprint"], skipped) if skipped else plan["fingerprint"],
+        _digest(plan["fingerprint"], skipped, content),
         plan["resized"],
         _total(chunk.images_per_class for chunk in chunks) if plan["labelled"] else None,
         plan["settings"],
         tuple(skipped),
-        content_digest(row for chunk in chunks for row in chunk.rows),
+        content,
         plan["licence"],
+        plan["fingerprint"],
     )
     features = row_features(metadata.class_names, plan["labelled"], plan["events"])
     with tempfile.TemporaryDirectory(dir=folder, prefix="state-") as temporary:
@@ -298,7 +369,6 @@ def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(Path(temporary) / "dataset_info.json", folder / "dataset_info.json")
     metadata.save(folder)
-    final = output_dir / dataset / split
     replace_folder(folder, final)
     written = {path.name for path, chunk in zip(paths, chunks, strict=True) if chunk.rows}
     for path in final.iterdir():  # records of the chunks, locks, and what killed runs have left
@@ -307,11 +377,27 @@ def publish_split(output_dir: Path, dataset: str, split: str) -> Metadata:
     return metadata
 
 
+def check_replaceable(final: Path) -> None:
+    """Raise `UserError` if `final` exists and is no prepared split; it may be the raw files themselves."""
+    if final.exists() and not (final / METADATA_FILE).is_file():
+        raise UserError(
+            f"{final} exists and is no prepared data (it has no {METADATA_FILE}); choose another --output_dir"
+        )
+
+
+def planned_splits(output_dir: Path, dataset: str) -> list[str]:
+    """Every `<dataset>/<split>` that the command meant to make which left work in progress on `dataset`."""
+    plans = [_stored_plan(folder) for folder in sorted((output_dir / dataset).glob(".*.partial"))]
+    return [f"{plan['dataset']}/{plan['split']}" for plan in plans if plan] + [
+        split for plan in plans if plan for split in plan["splits"]
+    ]
+
+
 def collect_chunks(others: Sequence[Path], output_dir: Path, dataset: str, split: str) -> None:
     """Copy finished chunks of a split from the output folders `others` of further machines into `output_dir`.
 
     Raises:
-        UserError: one of them holds work on other files or with other settings.
+        UserError: one of them holds work on other files or with other settings, or a damaged chunk.
     """
     folder = partial_folder(output_dir, dataset, split)
     for other in others:
@@ -323,40 +409,30 @@ def collect_chunks(others: Sequence[Path], output_dir: Path, dataset: str, split
         if own is None:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / PLAN_FILE, folder / PLAN_FILE)
-        elif own != plan:
+        elif not _same_plan(own, plan):
             raise UserError(f"{source} was made from other files or settings than {folder}: {_difference(own, plan)}")
         for record in sorted(source.glob("data-*.json")):
-            if Chunk.load(record) and not Chunk.load(folder / record.name):
+            chunk = Chunk.load(record)
+            if chunk and not Chunk.load(folder / record.name):
+                chunk.check(record.with_suffix(".arrow"))
                 for name in (record.with_suffix(".arrow").name, record.name):
                     with replacing(folder / name) as path:
                         shutil.copyfile(source / name, path)
 
 
 def check_chunks(output_dir: Path, dataset: str, split: str) -> None:
-    """Read every finished chunk of a split again and compare its rows with their digests.
+    """Read every finished chunk of a split again.
 
     Raises:
         UserError: a chunk was damaged after it was written; it is removed, so that its share can make it again.
     """
-    import datasets
     from tqdm import tqdm
 
     folder = partial_folder(output_dir, dataset, split)
     for record in tqdm(sorted(folder.glob("data-*.json")), desc=f"check {dataset} {split}", unit="shard"):
-        chunk, path = Chunk.load(record), record.with_suffix(".arrow")
-        try:
-            if not chunk:
-                raise ValueError("size")
-            if chunk.rows:
-                rows = undecoded(datasets.Dataset.from_file(str(path)))
-                if tuple(row_digest(row) for row in rows) != chunk.rows:
-                    raise ValueError("content")
-        except Exception as error:  # a broken Arrow stream raises types of its own
-            path.unlink(missing_ok=True)
-            record.unlink()
-            raise UserError(
-                f"{path} was damaged after it was written ({error}) and is removed; run its share (--shard I/N) again"
-            ) from None
+        chunk = Chunk.load(record)
+        if chunk:
+            chunk.check(record.with_suffix(".arrow"))
 
 
 def row_digest(row: dict[str, Any]) -> str:
@@ -412,6 +488,10 @@ class _Work:
                             if not self.on_error.skip:
                                 raise
                             skipped.append({"file": _name(plan.items[i]), "reason": str(error)})
+                            if len(skipped) > self.on_error.limit:
+                                raise UserError(
+                                    _too_many(plan.dataset, plan.split, skipped, self.on_error.limit)
+                                ) from None
                         else:
                             sizes.add((row.pop("height"), row.pop("width")))
                             digests.append(row_digest(row))
@@ -421,8 +501,10 @@ class _Work:
                     writer.finalize()
             counts = np.array(counts, np.int64) if plan.labelled and counts else None
             chunk = Chunk(
-                _digest(plan._head(), [plan.identities[i] for i in job.items]),
+                plan.chunk_digest(job.items),
+                plan.chunk_stamp(job.items),
                 job.path.stat().st_size,
+                _sha256(job.path),
                 tuple(digests),
                 tuple(sorted(sizes)),
                 None if counts is None else tuple(counts.sum(axis=0).tolist()),
@@ -440,10 +522,11 @@ class _Work:
 
 
 class _Tally:
-    """Images left out so far, over all chunks."""
+    """Images left out so far, over all chunks of this process's share."""
 
-    def __init__(self, plan: SplitPlan, on_error: OnError, skipped: list[dict[str, str]]):
-        self._plan, self._on_error, self._skipped = plan, on_error, skipped
+    def __init__(self, plan: SplitPlan, on_error: OnError):
+        self._plan, self._on_error = plan, on_error
+        self._skipped: list[dict[str, str]] = []
 
     def add(self, chunk: Chunk) -> None:
         from tqdm import tqdm
@@ -452,10 +535,7 @@ class _Tally:
             tqdm.write(f"skipped {skip['file']}: {skip['reason']}")
         self._skipped += chunk.skipped
         if len(self._skipped) > self._on_error.limit:
-            raise UserError(
-                f"{self._plan.dataset} {self._plan.split}: {len(self._skipped)} images cannot be used, more than "
-                f"--max_errors {self._on_error.limit}; first {self._skipped[0]['file']}: {self._skipped[0]['reason']}"
-            )
+            raise UserError(_too_many(self._plan.dataset, self._plan.split, self._skipped, self._on_error.limit))
 
 
 class _Stopped(Exception):
@@ -511,9 +591,12 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
             "a worker process was ended from outside, perhaps for want of memory; finished shards are kept: run the "
             "same command again with a smaller --num_proc"
         ) from None
+    except BaseException:
+        stop.set()  # not after a broken pool: a worker that was killed may hold the event's lock
+        raise
     finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        with uninterrupted():
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # --- The folder of the work in progress
@@ -521,51 +604,70 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
 
 @contextmanager
 def _claimed(folder: Path, share: Share) -> Iterator[None]:
-    """Hold the folder of the work in progress for this share; a folder that stays without chunks is removed."""
+    """Hold the folder of the work in progress for this share.
+
+    A process that makes all of the work excludes every other one, a share only the same share and one that makes all.
+    The folder is removed again only by a process that has made all of it alone and has not finished one chunk.
+    """
     import filelock
 
     existing = next(parent for parent in folder.parents if parent.exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f".{share.index}-of-{share.count}.lock", timeout=0)
-        with lock:
-            for path in (*folder.glob(".data-*.tmp-*"), *folder.glob("tmp*"), *folder.glob("state-*")):
-                if share.count == 1:  # left by a process that was killed; another share's may be in use
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            yield
-    except filelock.Timeout:
-        raise UserError(
-            f"another process is preparing this in {folder}; wait for it, or choose another --output_dir"
-        ) from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from None
-    finally:
-        if folder.is_dir() and not any(folder.glob("data-*.json")):
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in folder.parents:
-                if parent == existing or any(parent.iterdir()):
-                    break
-                parent.rmdir()
+    own, whole = (folder / f".{part.index}-of-{part.count}.lock" for part in (share, Share()))
+    with ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(own, timeout=0))
+            if own == whole:
+                for other in sorted(folder.glob(".*-of-*.lock")):
+                    if other != own:
+                        held.enter_context(filelock.FileLock(other, timeout=0))
+            elif whole.exists():
+                with filelock.FileLock(whole, timeout=_LOOK_SECONDS):  # other shares look at the same time
+                    pass
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is preparing this in {folder}; wait for it, or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror or error})") from None
+        if own == whole:  # left by a process that was killed
+            for path in (*folder.glob(".data-*.tmp-*"), *folder.glob("tmp*"), *folder.glob("state-*")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield
+        finally:
+            if own == whole and not any(folder.glob("data-*.json")):
+                shutil.rmtree(folder, ignore_errors=True)
+                for parent in folder.parents:
+                    if parent == existing or any(parent.iterdir()):
+                        break
+                    parent.rmdir()
 
 
-def _finished_chunks(plan: SplitPlan, folder: Path) -> dict[int, Chunk]:
+def _finished_chunks(plan: SplitPlan, folder: Path, on_error: OnError) -> dict[int, Chunk]:
     """Chunks in `folder` that this plan would make again as they are.
 
     Raises:
         UserError: there are finished chunks, and not one of them is of this plan.
     """
-    expected = plan.describe()
-    count = len(expected["chunks"])
-    found = {i: Chunk.load(_chunk_path(folder, i, count).with_suffix(".json")) for i in range(count)}
-    finished = {i: chunk for i, chunk in found.items() if chunk and chunk.digest == expected["chunks"][i]}
-    if not finished and any(folder.glob("data-*.json")):
+    expected, chunks = plan.describe(), plan.chunks()
+    found = {i: Chunk.load(_chunk_path(folder, i, len(chunks)).with_suffix(".json")) for i in range(len(chunks))}
+    ours = {i: chunk for i, chunk in found.items() if chunk and chunk.digest == expected["chunks"][i]}
+    if not ours and any(folder.glob("data-*.json")):
         stored = _stored_plan(folder) or {}
         raise UserError(
             f"{folder} holds an interrupted run on other files or with other settings: "
             f"{_difference(stored, expected)}. Give the settings of that run to go on with it, or --overwrite to "
             "discard it"
         )
-    return finished
+    return {
+        i: chunk
+        for i, chunk in ours.items()
+        if chunk.stamp == plan.chunk_stamp(chunks[i]) and (on_error.skip or not chunk.skipped)
+    }
 
 
 def _stored_plan(folder: Path) -> dict[str, Any] | None:
@@ -575,6 +677,17 @@ def _stored_plan(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / PLAN_FILE} cannot be read ({error}); remove {folder} and prepare again") from None
+
+
+def _same_plan(was: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    return was is None or all(was.get(key) == value for key, value in now.items() if key != "splits")
+
+
+def _too_many(dataset: str, split: str, skipped: Sequence[dict[str, str]], limit: int) -> str:
+    return (
+        f"{dataset} {split}: {len(skipped)} images cannot be used, more than --max_errors {limit}; first "
+        f"{skipped[0]['file']}: {skipped[0]['reason']}"
+    )
 
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
@@ -602,8 +715,21 @@ def _identity(file: RawFile) -> list[Any]:
     return parts
 
 
+def _stamp(file: RawFile) -> list[int]:
+    """When the files behind a raw file were last written, in nanoseconds."""
+    sources = [file.image, file.label, file.events]
+    sources += [source.rectify_map for source in sources if source is not None and not isinstance(source, RawPath)]
+    paths = [source if isinstance(source, RawPath) else source.events for source in sources if source is not None]
+    return [path.container.stat().st_mtime_ns for path in paths]
+
+
 def _name(item: Any) -> str:
     return item.file_name if isinstance(item, RawFile) else str(item)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _total(counts: Iterator[tuple[int, ...] | None]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import STREET_CLASSES, check_label_ids, class_pixel_counts
 from madm_utils.raw_files import RawPath
-from madm_utils.raw_labels import decode_label, read_image, to_8_bit
+from madm_utils.raw_labels import read_image, read_label, to_8_bit
 from madm_utils.raw_search import RawFile
 from madm_utils.transforms import Size, resize_image, resize_label
 
@@ -30,7 +30,7 @@ class PublishedStatistics:
 
     path: str
     counts: dict[str, dict[int, int]]
-    """Name of a label file, as `_published_name` gives it -> {class id: pixels}."""
+    """Name of a label file, as `_label_stem` gives it -> {class id: pixels}."""
 
     @classmethod
     def load(cls, path: RawPath) -> "PublishedStatistics":
@@ -41,7 +41,7 @@ class PublishedStatistics:
         """
         try:
             counts = {
-                _published_name(entry["file"]): {int(key): int(n) for key, n in entry.items() if key != "file"}
+                _label_stem(entry["file"]): {int(key): int(n) for key, n in entry.items() if key != "file"}
                 for entry in json.loads(path.read_bytes())
             }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -51,12 +51,16 @@ class PublishedStatistics:
     def compare(self, file: RawFile, counts: np.ndarray) -> None:
         """Raise `UserError` unless the statistics say of the label of `file` what was counted, (num_classes,)."""
         counted = {class_id: count for class_id, count in enumerate(counts.tolist()) if count}
-        found = self.counts.get(_published_name(file.label.name))
-        if found is None or {key: count for key, count in found.items() if count} != counted:
+        found = self.counts.get(_label_stem(file.label.name))
+        if found is None:
             raise UserError(
-                f"{self.path} disagrees with {file.label}: it says {'nothing' if found is None else found}, the label "
-                f"has {counted} (trainId: pixels). The labels changed since it was made: remove it, or restore the "
-                "labels."
+                f"{self.path} does not list {file.label} (as {_label_stem(file.label.name)}); it was made from other "
+                "or fewer labels: remove it, or restore the labels"
+            )
+        if {key: count for key, count in found.items() if count} != counted:
+            raise UserError(
+                f"{self.path} disagrees with {file.label}: it says {found}, the label has {counted} (trainId: "
+                "pixels). The labels changed since it was made: remove it, or restore the labels."
             )
 
 
@@ -97,14 +101,14 @@ class RawConversion:
             "width": stored.width,
         }
         if file.label is not None:
-            label = decode_label(file)
-            if label.shape != image.size[::-1]:
+            label, pixels = read_label(file)
+            if label.size != image.size:
                 raise UserError(
-                    f"{file.label}: label is {label.shape[1]}x{label.shape[0]} pixels but its image {file.image} is "
+                    f"{file.label}: label is {label.width}x{label.height} pixels but its image {file.image} is "
                     f"{image.width}x{image.height}; they must have the same size"
                 )
-            check_label_ids(label, self.num_classes, file.label)
-            counts = class_pixel_counts(label, self.num_classes)
+            check_label_ids(pixels, self.num_classes, file.label)
+            counts = pixels[: self.num_classes]
             if self.published is not None:
                 self.published.compare(file, counts)
             row["label"] = _cell(self.store_label(label))
@@ -113,10 +117,10 @@ class RawConversion:
             row["events"] = _cell(_encode(file.events.load_tensor(scratch), resized=True))
         return row
 
-    def store_label(self, label: np.ndarray) -> bytes:
-        """The file that is stored for a label, uint8 (H, W) class ids at native size."""
-        size = self.stored_size or label.shape
-        return _encode(resize_label(Image.fromarray(label), size), resized=size != label.shape)
+    def store_label(self, label: Image.Image) -> bytes:
+        """The file that is stored for a label, class ids at native size."""
+        stored = resize_label(label, self.stored_size or label.size[::-1])
+        return _encode(stored, resized=stored is not label)
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,15 @@ def row_features(class_names: tuple[str, ...], labelled: bool, events: bool) -> 
     return datasets.Features(columns)
 
 
-def _published_name(label: str) -> str:
-    """Name under which DAFormer's statistics know a label file: without folders, labelIds as their labelTrainIds."""
-    name = label.replace("\\", "/").rsplit("/", 1)[-1]
-    for own in ("_labelIds.png", "_polygons.json"):
-        name = name.removesuffix(own) + "_labelTrainIds.png" if name.endswith(own) else name
-    return name
+def _label_stem(label: str) -> str:
+    """What the names of all kinds of label files of one image share: without folders, the kind, and the file's type.
+
+    DAFormer's statistics name the labelTrainIds that its tools make; GTA5's and SYNTHIA's own labels are `00001.png`.
+    """
+    stem = PurePosixPath(label.replace("\\", "/")).stem
+    for kind in ("_labelTrainIds", "_labelIds", "_polygons"):
+        stem = stem.removesuffix(kind)
+    return stem
 
 
 def _encode(image: Image.Image, resized: bool = False) -> bytes:

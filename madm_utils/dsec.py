@@ -94,7 +94,7 @@ def find_dsec_night(dataset: RawDataset, split: str, tree: RawTree, root: str, o
     Of the frames from 2 on that have a warped image and an event index above 0, training takes those after
     `NIGHT_LAST_TEST_FRAMES` and the test those with a label. The events of frame i are those from the index of frame
     i - 1 to its own, or of a window of time if the settings say so. The index is `images_to_events_index.txt` where it
-    is there, else it is computed; a recording in an archive is unpacked for that to the folder for temporary files.
+    is there, else it is computed; a recording in an archive is unpacked for that to the tree's scratch folder.
 
     Raises:
         UserError: as `find_dsec_events`, or an index file that does not fit the timestamps.
@@ -108,6 +108,7 @@ def find_dsec_night(dataset: RawDataset, split: str, tree: RawTree, root: str, o
         raise UserError(
             f"{dataset.name} {split}: no label <sequence>_<frame>_grey_gtFine_labelTrainIds.png below "
             f"{tree.raw_dir / root}; CMDA's authors share them as a download of their own. Found: {tree.describe()}"
+            f"{tree.archives_note()}"
         )
     files = []
     for sequence, found in sequences.complete().items():
@@ -115,7 +116,7 @@ def find_dsec_night(dataset: RawDataset, split: str, tree: RawTree, root: str, o
         if sequence in index_files:
             index = read_event_index(tree.files[index_files[sequence]], len(timestamps))
         else:
-            index = compute_event_index(tree.files[found["events/left/events.h5"]], tuple(timestamps))
+            index = compute_event_index(tree.files[found["events/left/events.h5"]], tuple(timestamps), tree.scratch)
         images, own_labels = sequences.frames[sequence], labels.get(sequence, {})
         alone = [path for frame, path in own_labels.items() if frame not in images]
         if spec.labels and alone:
@@ -173,9 +174,17 @@ def read_event_index(path: RawPath, num_frames: int) -> list[int]:
 
 
 @lru_cache(maxsize=len(NIGHT_LAST_TEST_FRAMES))
-def compute_event_index(events: RawPath, timestamps: tuple[int, ...]) -> list[int]:
-    """The numbers that `images_to_events_index.txt` holds, see `Recording.last_index`; both splits ask for them."""
-    with tempfile.TemporaryDirectory(prefix="events-") as scratch:
+def compute_event_index(events: RawPath, timestamps: tuple[int, ...], scratch_in: Path | None = None) -> list[int]:
+    """The numbers that `images_to_events_index.txt` holds, see `Recording.last_index`; both splits ask for them.
+
+    A recording in an archive, which may have gigabytes, is unpacked below `scratch_in` meanwhile (`None`: the system's
+    folder for temporary files).
+    """
+    if events.member is None:
+        scratch_in = None  # nothing is unpacked
+    elif scratch_in is not None:
+        scratch_in.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="events-", dir=scratch_in) as scratch:
         try:
             recording = open_recording(events, None, Path(scratch))
             return [recording.last_index(time) for time in timestamps]
@@ -240,6 +249,7 @@ class _Sequences:
             raise UserError(
                 f"{self.dataset.name} {self.split} is incomplete below {self.tree.raw_dir / self.root}. Missing from "
                 f"folders <sequence>/ at any depth: {places}. Found: {self._found(there)}"
+                f"{self.tree.archives_note()}"
             )
         return there
 

@@ -81,7 +81,7 @@ def find_listed_files(dataset: RawDataset, split: str, tree: RawTree, pairs: Lis
         raise UserError(
             f"{dataset.name} {split}: the file list names {listed}, which is neither under {tree.raw_dir} nor "
             f"{tree.raw_dir / root}. Paths are relative to --raw_dir or to the dataset's folder; is the dataset "
-            "complete?"
+            f"complete?{tree.archives_note()}"
         )
 
     return [

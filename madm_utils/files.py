@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The sibling has no image suffix: name the format when saving a picture to it.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Not only the process's number: machines that share a disk may have equal ones.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from madm_utils.arrow_writer import row_digest
 from madm_utils.cli import UserError
 from madm_utils.contact_sheet import Sample, make_sample
 from madm_utils.conversion import PublishedStatistics
+from madm_utils.interruption import uninterrupted
 from madm_utils.label_spaces import IGNORE_INDEX
 from madm_utils.prepared_data import Metadata, UndecodableImage, decode_image
 from madm_utils.raw_datasets import RawFile
@@ -242,8 +243,10 @@ def _look_at_label(seen: Seen, label: bytes, pixels: np.ndarray, num_classes: in
 # --- All images
 
 
-def inspect_all(inspect: Callable[[Any], Seen], items: Sequence, num_proc: int, title: str) -> Iterator[Seen]:
-    """Yield `inspect(item)` of all `items` in order, under a progress bar."""
+def inspect_all(
+    inspect: Callable[[Any], Seen], items: Sequence, num_proc: int, title: str
+) -> Generator[Seen, None, None]:
+    """Yield `inspect(item)` of all `items` in order, under a progress bar. Closing it ends the worker processes."""
     from tqdm import tqdm
 
     tasks = [items[start : start + IMAGES_PER_TASK] for start in range(0, len(items), IMAGES_PER_TASK)]
@@ -259,35 +262,48 @@ def _mapped(inspect: Callable[[Any], Seen], tasks: Sequence[Sequence], num_proc:
         return
     # Not forked: the libraries that read Arrow files have threads of their own.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (inspect,)) as pool:
-        waiting = deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(_work, task))
-                if len(waiting) > 2 * num_proc:  # few enough that memory does not grow with the split
-                    yield waiting.popleft().result()
-            while waiting:
+    stop, broken = context.Event(), False
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (inspect, stop))
+    waiting = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_work, task))
+            if len(waiting) > 2 * num_proc:  # few enough that memory does not grow with the split
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was ended from outside, probably because memory ran out; use fewer: --num_proc"
-            ) from None
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        broken = True
+        raise UserError(
+            "a worker process was ended from outside, probably because memory ran out; use fewer: --num_proc"
+        ) from None
+    finally:
+        # A shutdown that Ctrl-C breaks off leaves the executor waiting for its workers for ever.
+        with uninterrupted():
+            if not broken:  # a worker that was killed may hold the event's lock
+                stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
-_inspect_in_worker: Callable[[Any], Seen] | None = None
+_worker: tuple[Callable[[Any], Seen], Any] | None = None
+"""In a worker process: what looks at an item, and the event that ends the work before its end."""
 
 
-def _start_worker(inspect: Callable[[Any], Seen]) -> None:
-    global _inspect_in_worker
-    _inspect_in_worker = inspect
+def _start_worker(inspect: Callable[[Any], Seen], stop: Any) -> None:
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers,
+    _worker = (inspect, stop)
     parent = multiprocessing.parent_process()
     # and when it was killed, they end themselves.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(task: Sequence) -> list[Seen]:
-    return [_inspect_in_worker(item) for item in task]
+    """Look at the items of a task; what is left of it when the main process stops is missed by nobody."""
+    inspect, stop = _worker
+    found = []
+    for item in task:
+        if stop.is_set():
+            break
+        found.append(inspect(item))
+    return found

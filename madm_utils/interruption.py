@@ -2,7 +2,10 @@
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _SAME_REQUEST_SECONDS = 1.0
@@ -42,6 +45,19 @@ class StopSignals:
         if time.monotonic() - self._first.setdefault(number, time.monotonic()) > _SAME_REQUEST_SECONDS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While entered in the main thread, Ctrl-C is ignored: what ends worker processes must not end half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ignore_stop_signals(worker_id: int) -> None:

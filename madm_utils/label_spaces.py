@@ -3,7 +3,7 @@
 Everything here is data or a pure function on NumPy arrays; nothing is particular to one adaptation method.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -111,11 +111,12 @@ def _listed_only(label_map: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def check_label_ids(label: np.ndarray, num_classes: int, path: object, valid: Iterable[int] = ()) -> None:
-    """Raise `UserError` when `label` holds an id outside `0..num_classes-1`, 255 and `valid`, naming `path`."""
-    found = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
-    allowed = {*range(num_classes), IGNORE_INDEX, *valid}
-    unknown = [int(i) for i in found if int(i) not in allowed]
+def check_label_ids(pixels: np.ndarray, num_classes: int, path: object) -> None:
+    """Raise `UserError` for a label with an id outside `0..num_classes-1` and 255; the message names `path`.
+
+    `pixels` (256,) is how many pixels have each id.
+    """
+    unknown = [i for i in np.flatnonzero(pixels).tolist() if i >= num_classes and i != IGNORE_INDEX]
     if unknown:
         raise UserError(
             f"{path}: label holds class ids {unknown} outside the map; expected 0..{num_classes - 1} or "

@@ -11,6 +11,7 @@ from madm_utils.arrow_writer import OnError, Share
 from madm_utils.cli import UserError
 from madm_utils.events import REPRESENTATIONS, EventSettings
 from madm_utils.raw_datasets import RAW_DATASETS, dataset_name
+from madm_utils.raw_descriptions import RawSplit
 from madm_utils.tasks import TASKS, load_task
 from madm_utils.transforms import Size
 
@@ -31,16 +32,24 @@ def parse_prepare_args(description: str, argv: Sequence[str] | None = None) -> a
     return args
 
 
-def stored_size(args: argparse.Namespace, training_size: Size | None, split: str) -> Size | None:
+def stored_size(args: argparse.Namespace, dataset: str, spec: RawSplit) -> Size | None:
     """(height, width) at which a split is stored, `None` for its native size.
 
     Only what training reads is resized: evaluation compares with the labels at their native size.
-    `training_size` is the published one, `None` for splits that are evaluated and for one's own data.
+
+    Raises:
+        UserError: a size was asked for that the dataset cannot have.
     """
-    trained = training_size is not None or (args.dataset == "folder" and split == "train")
-    if args.store_resolution == "native" or not trained:
+    if args.store_resolution == "native" or not spec.trained:
         return None
-    return training_size if args.store_resolution == "train" else args.store_resolution
+    if args.store_resolution == "train":
+        return spec.stored_size
+    if spec.fixed_size:
+        raise UserError(
+            f"--store_resolution: {dataset} has tensors of the images' size beside them and is stored at its native "
+            "size; leave the flag out"
+        )
+    return args.store_resolution
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -239,6 +248,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--image_range LOW HIGH needs LOW below HIGH, got {} {}".format(*args.image_range))
     if args.merge is not None and args.shard.count > 1:
         raise UserError("--merge joins what --shard has made; give one of them")
+    if args.verify == "raw" and set(args.names) & set(SYNTHETIC_DATASETS):
+        raise UserError("--verify raw reads raw files; drawn scenes have none, check them with --verify")
     if args.shard.count > 1 and (args.verify or args.push_to_hub):
         raise UserError("--verify and --push_to_hub need the whole dataset; give them with --merge")
     if args.push_to_hub and not args.hub_dataset_id:

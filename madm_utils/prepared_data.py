@@ -47,7 +47,7 @@ class Metadata:
     class_pixel_counts: tuple[int, ...] | None
     """Total per class at native resolution, `None` without labels."""
     fingerprint: str
-    """Digest of the selected files, their sizes, and how they were converted."""
+    """Digest of `source` and `content`: equal data have equal fingerprints, whatever machine made them."""
     resized: bool
     """Whether images and labels are stored at another size than the native one."""
     images_per_class: tuple[int, ...] | None = None
@@ -60,6 +60,8 @@ class Metadata:
     """SHA-256 over the bytes of all images and labels, in order; equal data have equal content."""
     licence: dict[str, Any] | None = None
     """`{"summary", "url", "redistribution"}` of the dataset's owners, `None` for drawn data and one's own."""
+    source: str = ""
+    """Digest of the selected files, their sizes, and the settings of the conversion."""
 
     @property
     def labelled(self) -> bool:

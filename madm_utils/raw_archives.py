@@ -255,7 +255,14 @@ def _checked_parts(archive: Path, member: str) -> tuple[str, ...]:
     parts = _member_parts(member)
     if ".." in parts or (parts and (parts[0].startswith("/") or parts[0][1:2] == ":")):
         _refuse(archive, member, "leads out of the archive's folder")
+    if shown_name(member) != member:
+        _refuse(archive, member, "has a name that is not UTF-8")
     return parts
+
+
+def shown_name(name: str) -> str:
+    """The name with bytes that are not UTF-8 written out, e.g. `caf\\udce9.png`; others stay as they are."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_hidden(parts: tuple[str, ...]) -> bool:
@@ -277,6 +284,6 @@ def _check_size(archive: Path, member: str, size: int, packed: int) -> None:
 
 def _refuse(archive: Path, member: str, reason: str) -> None:
     raise UserError(
-        f"{archive}: {member} {reason}; such archives are not opened. Download it again from its owners, or unpack it "
-        "yourself if you trust it"
+        f"{archive}: {shown_name(member)} {reason}; such archives are not opened. Download it again from its "
+        "owners, or unpack it yourself if you trust it"
     )

@@ -7,6 +7,8 @@ Modalities and label sets of one public dataset are entries of their own, becaus
 
 from functools import partial
 
+import numpy as np
+
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import (
     CITYSCAPES_CLASSES,
@@ -29,6 +31,11 @@ __all__ = [
 ]  # fmt: skip
 
 NUM_CITYSCAPES_LABEL_IDS = 34
+
+_ALL_IDS = np.arange(256, dtype=np.uint8)
+_TRAIN_IDS = tuple(cityscapes_train_ids(_ALL_IDS).tolist())
+_SYNTHIA_TRAIN_IDS = tuple(synthia_train_ids(_ALL_IDS).tolist())
+_DELIVER_IDS = tuple(deliver_class_ids(_ALL_IDS).tolist())
 
 _CITYSCAPES_LICENCE = Licence(
     "Non-commercial use; neither the data nor modified versions of it may be passed on, trained models may.",
@@ -74,7 +81,7 @@ def _cityscapes(split: str, **options) -> RawSplit:
         f"leftImg8bit/{split}/{{sequence}}/{{frame}}_leftImg8bit.png",
         (
             LabelFiles(labels + "labelTrainIds.png", len(CITYSCAPES_CLASSES)),
-            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, cityscapes_train_ids),
+            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, _TRAIN_IDS),
             LabelFiles(labels + "polygons.json", len(CITYSCAPES_CLASSES), decode=polygon_ids),
         ),
         **options,
@@ -85,7 +92,7 @@ def _deliver(name: str, modality: str, folder: str, ending: str) -> RawDataset:
     def split(split: str, labelled: bool, **options) -> RawSplit:
         path = f"{{condition}}/{split}/{{sequence}}/{{frame}}"
         labels = LabelFiles(
-            f"semantic/{path}_semantic_front.png", len(DELIVER_CLASSES) + 1, deliver_class_ids, red_channel_ids
+            f"semantic/{path}_semantic_front.png", len(DELIVER_CLASSES) + 1, _DELIVER_IDS, red_channel_ids
         )
         return RawSplit(f"{folder}/{path}_{ending}_front.png", (labels,) if labelled else (), **options)
 
@@ -94,7 +101,7 @@ def _deliver(name: str, modality: str, folder: str, ending: str) -> RawDataset:
         "DELIVER",
         DELIVER_CLASSES,
         {
-            "train": split("train", False, stored_size=(712, 712), published_count=3983),
+            "train": split("train", False, stored_size=(712, 712), trained=True, published_count=3983),
             "val": split("val", True, published_count=2005, optional=True),
             "test": split("test", True, published_count=1897),
         },
@@ -111,7 +118,9 @@ def _fmb(name: str, modality: str, folder: str) -> RawDataset:
         "FMB",
         FMB_CLASSES,
         {
-            "train": RawSplit(f"train/{folder}/{{frame}}.png", stored_size=(512, 683), published_count=1220),
+            "train": RawSplit(
+                f"train/{folder}/{{frame}}.png", stored_size=(512, 683), trained=True, published_count=1220
+            ),
             "test": RawSplit(
                 f"test/{folder}/{{frame}}.png",
                 (LabelFiles("test/Label/{frame}.png", len(FMB_CLASSES)),),
@@ -141,6 +150,7 @@ def _dsec(name: str, class_names: tuple[str, ...]) -> RawDataset:
             "train": RawSplit(
                 "69mask_train_edges/{sequence}/{frame}.png",
                 stored_size=(512, 768),
+                trained=True,
                 first_frame=2,
                 frame_step=2,
                 published_count=4037,
@@ -177,7 +187,7 @@ _DSEC_NIGHT = RawDataset(
     CITYSCAPES_CLASSES,
     {
         # CMDA trains on random windows of the native 480x640 pictures.
-        "train": RawSplit("", condition="night", published_count=1692),
+        "train": RawSplit("", trained=True, fixed_size=True, condition="night", published_count=1692),
         # 18 classes are annotated: truck does not occur.
         "test": RawSplit(
             "",
@@ -187,6 +197,7 @@ _DSEC_NIGHT = RawDataset(
                     len(CITYSCAPES_CLASSES),
                 ),
             ),
+            fixed_size=True,
             condition="night",
             published_count=150,
         ),
@@ -206,7 +217,7 @@ def _dark_zurich(split: str, labelled: bool, **options) -> RawSplit:
         f"rgb_anon/{split}/night/{{sequence}}/{{frame}}_rgb_anon.png",
         (
             LabelFiles(labels + "labelTrainIds.png", len(CITYSCAPES_CLASSES)),
-            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, cityscapes_train_ids),
+            LabelFiles(labels + "labelIds.png", NUM_CITYSCAPES_LABEL_IDS, _TRAIN_IDS),
         )
         if labelled
         else (),
@@ -223,7 +234,7 @@ RAW_DATASETS: dict[str, RawDataset] = {
             "Cityscapes",
             CITYSCAPES_CLASSES,
             {
-                "train": _cityscapes("train", stored_size=(512, 1024), published_count=2975),
+                "train": _cityscapes("train", stored_size=(512, 1024), trained=True, published_count=2975),
                 "val": _cityscapes("val", published_count=500, optional=True),
             },
             _CITYSCAPES_LICENCE,
@@ -247,7 +258,9 @@ RAW_DATASETS: dict[str, RawDataset] = {
             CITYSCAPES_CLASSES,
             {
                 # The counts of Dark Zurich are from memory.
-                "train": _dark_zurich("train", False, stored_size=(540, 960), published_count=2416),
+                "train": _dark_zurich(
+                    "train", False, stored_size=(540, 960), trained=True, published_count=2416
+                ),
                 "val": _dark_zurich("val", True, published_count=50, optional=True),
                 # Its labels are kept on the owners' server.
                 "test": _dark_zurich("test", False, published_count=151, optional=True),
@@ -266,10 +279,11 @@ RAW_DATASETS: dict[str, RawDataset] = {
                     "images/{number}.png",
                     (
                         LabelFiles(
-                            "labels/{number}.png", GTA5_NUM_LABEL_IDS, cityscapes_train_ids, palette_ids
+                            "labels/{number}.png", GTA5_NUM_LABEL_IDS, _TRAIN_IDS, palette_ids
                         ),
                     ),
                     stored_size=(704, 1280),
+                    trained=True,
                     published_count=24966,
                 ),
             },
@@ -285,7 +299,8 @@ RAW_DATASETS: dict[str, RawDataset] = {
                 # Trained at its native 1280x760. The count is from memory.
                 "train": RawSplit(
                     "RGB/{number}.png",
-                    (LabelFiles("GT/LABELS/{number}.png", SYNTHIA_NUM_IDS, synthia_train_ids, red_16_bit_ids),),
+                    (LabelFiles("GT/LABELS/{number}.png", SYNTHIA_NUM_IDS, _SYNTHIA_TRAIN_IDS, red_16_bit_ids),),
+                    trained=True,
                     published_count=9400,
                 ),
             },

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
+from PIL import Image
 
 from madm_utils.raw_files import RawPath
 from madm_utils.raw_labels import single_channel_ids
@@ -21,10 +21,10 @@ class LabelFiles:
     template: str
     num_ids: int
     """The files hold ids 0..num_ids-1 and 255; anything else is an error."""
-    convert: Callable[[np.ndarray], np.ndarray] | None = None
-    """uint8 (H, W) ids of the file -> uint8 class ids with 255 = ignore; `None`: they are the same."""
-    decode: Callable[[RawPath], np.ndarray] = single_channel_ids
-    """File -> uint8 (H, W) ids; one of `raw_labels`."""
+    class_ids: tuple[int, ...] | None = None
+    """Id 0..255 of the file -> class id, 255 = ignore; `None`: they are the same."""
+    decode: Callable[[RawPath], Image.Image] = single_channel_ids
+    """File -> 8-bit single-channel picture of its ids; one of `raw_labels`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class RawSplit:
     """Alternatives, the preferred one first; empty: the split is used without labels and none are looked for."""
     stored_size: tuple[int, int] | None = None
     """(height, width) of the prepared images, the published training size; `None`: native size."""
+    trained: bool = False
+    """Whether training reads it; splits that are only evaluated are always stored at native size."""
+    fixed_size: bool = False
+    """Whether it cannot be stored at another size, because its events have the size of the images."""
     first_frame: int = 0
     frame_step: int = 1
     """Of a numbered `{frame}`, the published selection: `first_frame` and every `frame_step`-th after it."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from madm_utils.cli import UserError
-from madm_utils.raw_archives import RawPath, is_archive, is_hidden, list_archive
+from madm_utils.raw_archives import RawPath, is_archive, is_hidden, list_archive, shown_name
 
 __all__ = ["RawPath", "RawTree"]
 
@@ -26,6 +26,10 @@ class RawTree:
     """POSIX path below `raw_dir` -> file, sorted by path."""
     conflicts: dict[str, tuple[RawPath, RawPath]] = field(default_factory=dict)
     """Paths that two archives hold with different sizes; `files` has the first."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """POSIX path of a damaged or unsafe archive below `raw_dir` -> what is wrong with it. Nothing of it is used."""
+    scratch: Path | None = None
+    """Folder for what has to be unpacked."""
 
     @classmethod
     def open(cls, raw_dir: Path, scratch: Path | None = None) -> "RawTree":
@@ -40,11 +44,13 @@ class RawTree:
                 that is there from an earlier call is used again. `None`: such archives are refused.
 
         Raises:
-            UserError: `raw_dir` does not exist or cannot be listed, or an archive is damaged or unsafe.
+            UserError: `raw_dir` does not exist or cannot be listed, holds a file whose name is not UTF-8, or is itself
+                a damaged or unsafe archive. Other such archives may not matter, see `unusable`.
         """
         files: dict[str, RawPath] = {}
         conflicts: dict[str, tuple[RawPath, RawPath]] = {}
         archives: list[tuple[str, Path]] = []
+        unusable: dict[str, str] = {}
         if raw_dir.is_file() and is_archive(raw_dir.name):
             archives.append(("", raw_dir))
         elif not raw_dir.is_dir():
@@ -58,13 +64,32 @@ class RawTree:
                     files[path] = found
         on_disk = set(files)
         for parent, archive in archives:
-            for name, found in list_archive(archive, scratch).items():
+            try:
+                members = list_archive(archive, scratch)
+            except UserError as error:
+                if archive == raw_dir:
+                    raise
+                unusable[f"{parent}/{archive.name}" if parent else archive.name] = str(error)
+                continue
+            for name, found in members.items():
                 path = f"{parent}/{name}" if parent else name
                 if path not in files:
                     files[path] = found
                 elif path not in on_disk and found.size != files[path].size:
                     conflicts[path] = (files[path], found)
-        return cls(raw_dir, dict(sorted(files.items())), conflicts)
+        return cls(raw_dir, dict(sorted(files.items())), conflicts, unusable, scratch)
+
+    def check_archives(self, root: str) -> None:
+        """Raise `UserError` if an archive that lies below `root` (ends in `/`, or is empty) cannot be used."""
+        for path, message in self.unusable.items():
+            if path.startswith(root):
+                raise UserError(message)
+
+    def archives_note(self) -> str:
+        """What is wrong with archives, to add to a message about missing files; empty where nothing is."""
+        if not self.unusable:
+            return ""
+        return " What is missing may be in archives that cannot be used: " + "; ".join(self.unusable.values())
 
     def describe(self, limit: int = 20) -> str:
         """The first names in the folder, for messages."""
@@ -102,4 +127,14 @@ def _walk(raw_dir: Path) -> Iterator[tuple[str, RawPath]]:
             except OSError:  # a link to nowhere; a label or picture that is missed is reported by its name
                 continue
             if stat.S_ISREG(state.st_mode) and not is_hidden((name,)):
+                _check_utf_8(raw_dir, prefix + name)
                 yield prefix + name, RawPath(path, size=state.st_size)
+
+
+def _check_utf_8(raw_dir: Path, path: str) -> None:
+    """Refuse a name that cannot be stored as text; Python represents its bytes by lone surrogates."""
+    if shown_name(path) != path:
+        raise UserError(
+            f"the name of {shown_name(path)} in {raw_dir} is not UTF-8; rename it (convmv renames whole folders), or "
+            "move it out"
+        )

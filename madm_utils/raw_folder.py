@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import IGNORE_INDEX
@@ -76,8 +77,8 @@ class LabelMap:
             raise UserError(f"label map {path} holds {type(fields).__name__}; expected an object with class_names")
         return _Reader(path, fields).label_map()
 
-    def decode(self, path: RawPath) -> np.ndarray:
-        """Class ids of a mask, uint8 (H, W), 255 = ignore.
+    def decode(self, path: RawPath) -> Image.Image:
+        """Class ids of a mask as a picture of mode L, 255 = ignore.
 
         Raises:
             UserError: the mask cannot be read, is of another kind, or has values that are not listed.
@@ -102,7 +103,7 @@ class LabelMap:
                 f"{path}: label holds {self._describe(np.unique(values[unknown]))}, which {self.path} does not list; "
                 f"add them to '{'colors' if self.ids is None else 'ids'}' or 'ignore', or set 'other: ignore'"
             )
-        return class_ids
+        return Image.fromarray(class_ids)
 
     def _describe(self, values: np.ndarray) -> str:
         more = ", ..." if len(values) > 10 else ""
@@ -153,7 +154,7 @@ def find_folder_files(
         sequence, _, frame = key.rpartition("/")
         mask = masks[key][1] if key in masks else None
         files.append(RawFile(picture, file_name, sequence, frame, "", mask, label_files if mask else None))
-    spec = RawSplit("", (label_files,) if masks else ())
+    spec = RawSplit("", (label_files,) if masks else (), trained=split == "train")
     dataset = RawDataset(name, images.name, mapping.class_names, {split: spec}, _OWN_DATA, "", base="folder")
     return dataset, sorted(files, key=lambda file: file.file_name)
 
@@ -163,6 +164,7 @@ def _pictures(
 ) -> dict[str, tuple[str, RawPath]]:
     """Path without ending and type -> (path, file) of every picture below `folder`."""
     tree = RawTree.open(folder, scratch)
+    tree.check_archives("")
     found: dict[str, tuple[str, RawPath]] = {}
     for path, file in tree.files.items():
         stem, kind = str(PurePosixPath(path).with_suffix("")), PurePosixPath(path).suffix.lower()

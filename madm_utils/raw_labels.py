@@ -2,10 +2,11 @@
 
 import io
 import json
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import CITYSCAPES_LABEL_IDS, CITYSCAPES_LABEL_NAMES, IGNORE_INDEX, check_label_ids
@@ -21,12 +22,17 @@ _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 
 
 def read_image(path: RawPath) -> Image.Image:
-    """Read and decode a picture as it is.
+    """Read and decode a picture as it is, but upright: turned as its EXIF orientation says, as viewers do.
 
     Raises:
         UserError: it is damaged or not an image.
     """
-    return _load(_open_image(path), path)
+    image = _load(_open_image(path), path)
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except (ValueError, SyntaxError, TypeError, struct.error):  # damaged EXIF data; viewers leave them out
+        return image
 
 
 def to_8_bit(image: Image.Image, path: RawPath | str, image_range: tuple[float, float] | None = None) -> Image.Image:
@@ -65,44 +71,59 @@ def to_8_bit(image: Image.Image, path: RawPath | str, image_range: tuple[float, 
     return Image.fromarray(np.rint(np.nan_to_num(share) * 255).astype(np.uint8))
 
 
-def decode_label(file: "RawFile") -> np.ndarray:
-    """Return the class ids of the label of `file`, uint8 (H, W), 255 = ignore.
+def read_label(file: "RawFile") -> tuple[Image.Image, np.ndarray]:
+    """Return the class ids of the label of `file` as a picture of mode L, 255 = ignore, and how often each occurs.
+
+    The second is (256,) int64. The pixels are gone through once for the numbers, which also show unknown ids, and
+    once to map them.
 
     Raises:
         UserError: the label cannot be read, is encoded in another way than the dataset's, or holds unknown ids.
     """
     label_files = file.label_files
     ids = label_files.decode(file.label)
-    check_label_ids(ids, label_files.num_ids, file.label)
-    return label_files.convert(ids) if label_files.convert else ids
+    pixels = np.array(ids.histogram(), np.int64)
+    check_label_ids(pixels, label_files.num_ids, file.label)
+    if label_files.class_ids is None:
+        return ids, pixels
+    mapped = np.zeros_like(pixels)
+    np.add.at(mapped, np.array(label_files.class_ids), pixels)
+    return ids.point(label_files.class_ids), mapped
 
 
-def single_channel_ids(path: RawPath) -> np.ndarray:
-    """Ids (H, W) uint8 of a single-channel label; one of 16 or 32 bits will do if its values fit into 8."""
+def decode_label(file: "RawFile") -> np.ndarray:
+    """Return the class ids of the label of `file` as `read_label`, uint8 (H, W)."""
+    return np.asarray(read_label(file)[0])
+
+
+def single_channel_ids(path: RawPath) -> Image.Image:
+    """Ids of a single-channel label; one of 16 or 32 bits will do if its values fit into 8."""
     label = read_image(path)
-    if label.mode == "1" or label.mode == "L" or label.mode in _WIDE_MODES[:-1]:
-        return _as_uint8(np.asarray(label), path)
+    if label.mode == "L":
+        return label
+    if label.mode == "1" or label.mode in _WIDE_MODES[:-1]:
+        return Image.fromarray(_as_uint8(np.asarray(label), path))
     raise UserError(f"{path}: label has mode {label.mode}; expected a single channel of 8-bit class ids{_hint(label)}")
 
 
-def palette_ids(path: RawPath) -> np.ndarray:
-    """Ids (H, W) uint8 of a palette label, whose index is the id whatever its colours, or of a single-channel one."""
+def palette_ids(path: RawPath) -> Image.Image:
+    """Ids of a palette label, whose index is the id whatever its colours, or of a single-channel one."""
     label = read_image(path)
     if label.mode in ("P", "L"):
-        return np.asarray(label)
+        return label if label.mode == "L" else label.point(range(256), "L")
     raise UserError(f"{path}: label has mode {label.mode}; expected a palette PNG whose index is the class id")
 
 
-def red_channel_ids(path: RawPath) -> np.ndarray:
-    """Ids (H, W) uint8 in the red channel of an RGB or RGBA label, or the only channel."""
+def red_channel_ids(path: RawPath) -> Image.Image:
+    """Ids in the red channel of an RGB or RGBA label, or the only channel."""
     label = read_image(path)
     if label.mode not in ("RGB", "RGBA", "L"):
         raise UserError(f"{path}: label has mode {label.mode}; expected RGB or RGBA with the class id in red")
-    return np.asarray(label)[..., 0] if label.mode != "L" else np.asarray(label)
+    return label.getchannel(0)
 
 
-def red_16_bit_ids(path: RawPath) -> np.ndarray:
-    """Ids (H, W) uint8 of a PNG with three channels of 16 bits: the low byte of the red channel.
+def red_16_bit_ids(path: RawPath) -> Image.Image:
+    """Ids of a PNG with three channels of 16 bits: the low byte of the red channel.
 
     Pillow decodes such files to 8 bits by keeping the high bytes; asked for the other byte order, the low ones.
     """
@@ -113,11 +134,11 @@ def red_16_bit_ids(path: RawPath) -> np.ndarray:
             "Was it saved again by a program that keeps only 8 bits? Copy the original"
         )
     label.tile = [label.tile[0]._replace(args="RGB;16L")]
-    return np.asarray(_load(label, path))[..., 0]
+    return _load(label, path).getchannel(0)
 
 
-def polygon_ids(path: RawPath) -> np.ndarray:
-    """Draw a Cityscapes polygon file as trainIds (H, W) uint8, exactly as cityscapesscripts' json2labelImg does.
+def polygon_ids(path: RawPath) -> Image.Image:
+    """Draw a Cityscapes polygon file as trainIds, exactly as cityscapesscripts' json2labelImg does.
 
     Polygons are drawn in their order over 255; deleted ones and those of negative labelId are left out; a trailing
     `group` of an unknown label is dropped.
@@ -148,7 +169,7 @@ def polygon_ids(path: RawPath) -> np.ndarray:
         ) from None
     if unknown:
         raise UserError(f"{path}: polygons have labels {sorted(unknown)}, which Cityscapes does not know")
-    return np.asarray(picture)
+    return picture
 
 
 _TRAIN_ID_OF_NAME = {

@@ -22,20 +22,32 @@ ROOT_DEPTH = 2
 def find_files(dataset: RawDataset, split: str, tree: RawTree, options: RawOptions = PUBLISHED) -> list[RawFile]:
     """Return the files of the published selection of one split, sorted by path and checked to be in pairs.
 
+    An archive that cannot be used is no mistake, unless files are missing that it may hold.
+
     Raises:
         UserError: the dataset is not there or in several places, the split has no image (unless it is optional: then
-            the list is empty), an image has no label, or a label no image.
+            the list is empty), an image has no label, or a label no image; a split of an event dataset has ready-made
+            pictures and another only recordings; or fewer images than published are there, and an archive in the
+            dataset's folder cannot be used.
     """
     spec = dataset.splits[split]
     roots = _scan(tree, spec.images, spec) if spec.images else {}
     files = []
+    root = ""
     if dataset.find and (options.events is not None or not roots):
-        files = dataset.find(dataset, split, tree, find_root(dataset, tree, any_layout=True), options)
+        root = find_root(dataset, tree, any_layout=True)
+        files = dataset.find(dataset, split, tree, root, options)
+        if files and options.events is None:
+            _check_mixture(dataset, split, tree)
     elif roots:
         root = _choose_root(dataset, tree, roots, spec.images)
         files = _pair(dataset, split, tree, root, roots[root])
     if not files and not spec.optional:
         raise _empty(dataset, split, tree, options) if _all_roots(dataset, tree) else _not_found(dataset, tree)
+    if not files:  # of an optional split
+        root = min(_all_roots(dataset, tree), default="")
+    if spec.published_count is None or len(files) < spec.published_count:
+        tree.check_archives(root)
     _check_conflicts(tree, files)
     return files
 
@@ -152,8 +164,19 @@ def _empty(dataset: RawDataset, split: str, tree: RawTree, options: RawOptions) 
         expected.insert(0, f"{place}/{_glob(spec.images)}" + frames * selected)
     return UserError(
         f"{dataset.name} {split} is empty: no image matches {' or '.join(expected)}. Is the {split} part of the "
-        "dataset there?"
+        f"dataset there?{tree.archives_note()}"
     )
+
+
+def _check_mixture(dataset: RawDataset, split: str, tree: RawTree) -> None:
+    """Refuse recordings for one split beside ready-made pictures for another: they would not look alike."""
+    for other, spec in dataset.splits.items():
+        if other != split and spec.images and _scan(tree, spec.images, spec):
+            raise UserError(
+                f"{dataset.name} {other} has ready-made pictures ({_glob(spec.images)}) but {split} only recordings, "
+                f"which would give other pictures. Add {_glob(dataset.splits[split].images)}, or give "
+                "--event_representation, and both are made from recordings"
+            )
 
 
 def _not_found(dataset: RawDataset, tree: RawTree) -> UserError:
@@ -162,7 +185,7 @@ def _not_found(dataset: RawDataset, tree: RawTree) -> UserError:
     return UserError(
         f"{dataset.name} not found under {tree.raw_dir}: looked for folders {dataset.folder}/ (any case, up to "
         f"{ROOT_DEPTH} levels deep) and {places}; found {tree.describe()}. Give --raw_dir the folder that holds the "
-        f"official {dataset.folder} tree or its archives. {dataset.download}"
+        f"official {dataset.folder} tree or its archives. {dataset.download}{tree.archives_note()}"
     )
 
 
@@ -221,6 +244,7 @@ def _check_pairs(dataset: RawDataset, split: str, tree: RawTree, root: str, imag
         raise UserError(
             f"{dataset.name} {split}: {len(alone)} of {len(images)} images lack a label, first "
             f"{tree.files[images[alone[0]]]}; expected {expected}. Add the missing labels or remove these images."
+            f"{tree.archives_note()}"
         )
     alone = [key for key in labels if key not in images]
     if alone:
@@ -228,6 +252,7 @@ def _check_pairs(dataset: RawDataset, split: str, tree: RawTree, root: str, imag
         raise UserError(
             f"{dataset.name} {split}: {len(alone)} of {len(labels)} labels lack an image, "
             f"first {labels[alone[0]][0]}; expected {expected}. Add the missing images or remove these labels."
+            f"{tree.archives_note()}"
         )
 
 

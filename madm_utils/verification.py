@@ -4,9 +4,11 @@ Every image is decoded once, in worker processes; of each only digests and count
 Two frames are duplicates when their decoded pixels are equal (SHA-256), whatever their files look like.
 """
 
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ from madm_utils.arrow_writer import content_digest
 from madm_utils.cli import UserError
 from madm_utils.contact_sheet import LABELLED_SAMPLES, UNLABELLED_SAMPLES, Sample, contact_sheet
 from madm_utils.conversion import PublishedStatistics
+from madm_utils.event_recording import close_recording
+from madm_utils.files import writing
 from madm_utils.inspection import PreparedRows, RawImages, Seen, inspect_all, one_line
 from madm_utils.label_spaces import IGNORE_INDEX
 from madm_utils.prepared_data import METADATA_FILE, Metadata, undecoded
@@ -37,20 +41,25 @@ def verify_prepared(folder: Path, num_proc: int = 1) -> Report:
     Checked are: Arrow files, columns and numbers against the metadata, the published number of images, that every
     image and label decodes, sizes and modes, class ids, class statistics per image and in total, names, equal,
     constant and unlabelled images. What is wrong is in the report, nothing is raised for it.
+
+    Which dataset and split it is, `folder` says, `DIR/<dataset>/<split>`: training finds the data by it, and a
+    report goes beside them whatever their metadata hold.
     """
+    folder = Path(os.path.abspath(folder))
     report = Report(folder.parent.name, folder.name, "prepared")
     try:
         metadata = Metadata.load(folder)
-        report.dataset, report.split, report.fingerprint = metadata.dataset, metadata.split, metadata.fingerprint
+        report.fingerprint = metadata.fingerprint
         data = _open(folder)
     except UserError as error:
         return _unusable(report, "files", "metadata and Arrow files", error)
     report.num_images, report.class_names = len(data), metadata.class_names
+    _check_identity(report, folder, metadata)
     _check_columns(report, data, metadata)
     _compare_number(report, "images", metadata.num_images, METADATA_FILE, PROBLEM)
-    known = RAW_DATASETS.get(metadata.dataset)
-    if known and metadata.split in known.splits:
-        _compare_number(report, "published images", known.splits[metadata.split].published_count, "published", NOTE)
+    known = RAW_DATASETS.get(report.dataset)
+    if known and report.split in known.splits:
+        _compare_number(report, "published images", known.splits[report.split].published_count, "published", NOTE)
     if "image" not in data.column_names or not len(data):
         if not len(data):
             report.problems.append(f"{folder} holds no image; prepare it again")
@@ -91,7 +100,8 @@ def verify_raw(
         image_range: of images with more than 8 bits: the values that become 0 and 255.
         complete: whether `files` is meant to be the whole published selection; another number is then a problem.
         statistics: published class statistics to compare with.
-        scratch: folder for what has to be unpacked meanwhile; default: the system's temporary folder.
+        scratch: folder for what has to be unpacked meanwhile, created if need be; default: the system's temporary
+            folder.
     """
     spec = dataset.splits[split]
     report = Report(dataset.name, split, "raw", len(files), class_names=dataset.class_names)
@@ -102,10 +112,16 @@ def verify_raw(
     labelled = bool(spec.labels) or any(file.label is not None for file in files)
     num_ids = max((file.label_files.num_ids for file in files if file.label_files), default=0)
     tally = _Tally(report, labelled, [file.file_name for file in files], num_ids)
+    if scratch is not None:
+        with writing(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="verify-") as unpacked:
         inspect = RawImages(dataset.class_names, labelled, image_range, statistics, Path(unpacked), tally.sampled)
         found = inspect_all(inspect, list(enumerate(files)), num_proc, f"verify raw {dataset.name} {split}")
-        tally.add_all(found)
+        try:
+            tally.add_all(found)
+        finally:
+            close_recording()  # it may lie unpacked in this folder
     tally.finish("any", "")
     _draw(report, tally.samples)
     return report
@@ -162,9 +178,10 @@ class _Tally:
         self.pixels = np.zeros(len(report.class_names), np.int64)
         self.images = np.zeros(len(report.class_names), np.int64)
 
-    def add_all(self, found: Iterator[Seen]) -> None:
-        for index, seen in enumerate(found):
-            self._add(index, seen)
+    def add_all(self, found: Generator[Seen, None, None]) -> None:
+        with closing(found):  # ends the workers when reading is interrupted
+            for index, seen in enumerate(found):
+                self._add(index, seen)
 
     def _add(self, index: int, seen: Seen) -> None:
         for check, text in seen.problems:
@@ -282,6 +299,17 @@ def _compare_number(report: Report, what: str, expected: int | None, where: str,
         lines = report.problems if status == PROBLEM else report.notes
         reason = "was everything downloaded and unpacked?" if status == PROBLEM else "expected if a part was chosen"
         lines.append(f"{place}, the published selection has {expected}; {reason}")
+
+
+def _check_identity(report: Report, folder: Path, metadata: Metadata) -> None:
+    """Compare the folder's place with what its metadata say it holds."""
+    place, said = f"{report.dataset} {report.split}", one_line(f"{metadata.dataset} {metadata.split}")
+    report.checks.append(Check("dataset and split", place, said, OK if place == said else PROBLEM))
+    if place != said:
+        report.problems.append(
+            f"{one_line(folder)} is the place of {place}, but its {METADATA_FILE} says that it holds {said}; was it "
+            "copied or renamed? Move it back, or prepare it again"
+        )
 
 
 def _check_columns(report: Report, data: "datasets.Dataset", metadata: Metadata) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from madm_utils.files import replacing
+from madm_utils.files import replacing, writing
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 PRINTED_LINES = 20
@@ -95,26 +95,35 @@ def write_report(reports: Sequence[Report], folder: Path) -> list[Path]:
 
     Returns:
         The files written.
+
+    Raises:
+        UserError: they cannot be written, e.g. because the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for kind in dict.fromkeys(report.kind for report in reports):
-        prefix = "" if kind == "prepared" else f"{kind}_"
-        chosen = [report for report in reports if report.kind == kind]
-        path = folder / f"{prefix}report.json"
-        splits = {**_earlier(path), **{report.split: report.to_dict() for report in chosen}}
-        content = {"ok": all(split["ok"] for split in splits.values()), "splits": list(splits.values())}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        written.append(path)
-        for report in chosen:
-            picture = folder / f"{prefix}{report.split}.png"
-            if report.sheet is None:
-                picture.unlink(missing_ok=True)
-                continue
-            with replacing(picture) as temporary:
-                report.sheet.save(temporary, format="PNG")
-            written.append(picture)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in dict.fromkeys(report.kind for report in reports):
+            written += _write_kind([report for report in reports if report.kind == kind], folder)
+    return written
+
+
+def _write_kind(reports: Sequence[Report], folder: Path) -> list[Path]:
+    """Write the reports of prepared, or of raw splits."""
+    prefix = "" if reports[0].kind == "prepared" else f"{reports[0].kind}_"
+    path = folder / f"{prefix}report.json"
+    splits = {**_earlier(path), **{report.split: report.to_dict() for report in reports}}
+    content = {"ok": all(split["ok"] for split in splits.values()), "splits": list(splits.values())}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    written = [path]
+    for report in reports:
+        picture = folder / f"{prefix}{report.split}.png"
+        if report.sheet is None:
+            picture.unlink(missing_ok=True)
+            continue
+        with replacing(picture) as temporary:
+            report.sheet.save(temporary, format="PNG")
+        written.append(picture)
     return written
 
 

@@ -142,6 +142,29 @@ def test_shares_of_several_machines_merge_to_the_same_files(raw, whole, tmp_path
     assert files(here) == whole
 
 
+def test_a_share_without_work_leaves_that_of_others(raw, tmp_path):
+    """The test split is one chunk, which is share 1's: share 2 has nothing to do there while share 1 is at work."""
+    prepare(raw, tmp_path, "--shard", "1/2")
+    before = files(tmp_path / "fmb/.test.partial")
+    prepare(raw, tmp_path, "--shard", "2/2")
+    after = files(tmp_path / "fmb/.test.partial")
+    assert {name: after[name] for name in before} == before
+    prepare(raw, tmp_path / "other", "--shard", "8/8")  # no chunk of any split
+    assert (tmp_path / "other/fmb/.train.partial/plan.json").exists()
+
+
+def test_merge_needs_every_split_of_the_command(tmp_path):
+    raw = write_fmb(tmp_path / "raw")
+    (raw / "FMB/test/Infrared/00043.png").write_bytes(b"not an image")
+    prepare(raw, tmp_path / "out", "--shard", "2/2")
+    with pytest.raises(UserError, match="00043.png cannot be read"):
+        prepare(raw, tmp_path / "out", "--shard", "1/2")
+    merge = ["--dataset", "fmb", "--output_dir", str(tmp_path / "out"), "--merge"]
+    with pytest.raises(UserError, match="fmb test: 1 of 1 shards are missing"):
+        prepare_datasets.main(merge)
+    assert not (tmp_path / "out/fmb/train").exists()
+
+
 def test_merge_finds_shares_of_other_settings_and_damaged_ones(raw, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     prepare(raw, here, "--shard", "1/2")
@@ -194,6 +217,51 @@ def test_a_mended_file_costs_only_its_own_chunk(tmp_path):
     assert len(datasets.load_from_disk(str(folder))) == COUNT
 
 
+def test_work_from_files_that_were_written_again_is_done_again(tmp_path):
+    """Same names and sizes, other pixels: only the time of the file tells."""
+    raw = write_fmb(tmp_path / "raw")
+    prepare(raw, tmp_path / "out", "--shard", "1/2")
+    for i in range(COUNT):
+        path = raw / f"FMB/train/Infrared/{i:05d}.png"
+        Image.fromarray(np.full((6, 8), 255 - i, np.uint8)).save(path)
+        os.utime(path, ns=(1, 1))
+    prepare(raw, tmp_path / "out")
+    data = datasets.load_from_disk(str(tmp_path / "out/fmb/train"))
+    assert [np.asarray(image)[0, 0] for image in data["image"]] == [255 - i for i in range(COUNT)]
+
+
+def test_fingerprint_tells_other_pixels_and_another_label_map(tmp_path):
+    save(tmp_path / "images/0.png", picture(0, 6, 8, 3))
+    save(tmp_path / "labels/0.png", np.full((6, 8), 7))
+
+    def fingerprint(out: str, meaning: str) -> str:
+        (tmp_path / "map.yaml").write_text(f"class_names: [road, car]\nids: {{7: {meaning}}}\n")
+        command = ["--dataset", "folder", "--name", "mine", "--images", tmp_path / "images", "--num_proc", 1,
+                   "--labels", tmp_path / "labels", "--label_map", tmp_path / "map.yaml",
+                   "--output_dir", tmp_path / out]  # fmt: skip
+        assert prepare_datasets.main([str(part) for part in command]) == 0
+        return json.loads((tmp_path / out / "mine/train/metadata.json").read_text())["fingerprint"]
+
+    first = fingerprint("a", "road")
+    assert fingerprint("b", "road") == first != fingerprint("c", "car")
+    with pytest.raises(UserError, match="other files or with other settings"):
+        fingerprint("a", "car")
+    size = (tmp_path / "images/0.png").stat().st_size
+    save(tmp_path / "images/0.png", picture(1, 6, 8, 3))
+    with (tmp_path / "images/0.png").open("ab") as file:
+        file.write(bytes(max(0, size - file.tell())))
+    assert fingerprint("d", "road") != first
+
+
+def test_files_that_are_no_prepared_data_are_never_replaced(tmp_path):
+    save(tmp_path / "data/thermal/train/0.png", picture(0, 6, 8, 3))
+    command = ["--dataset", "folder", "--name", "thermal", "--images", tmp_path / "data/thermal/train",
+               "--output_dir", tmp_path / "data", "--num_proc", 1, "--overwrite"]  # fmt: skip
+    with pytest.raises(UserError, match="exists and is no prepared data .*choose another --output_dir"):
+        prepare_datasets.main([str(part) for part in command])
+    assert (tmp_path / "data/thermal/train/0.png").exists()
+
+
 def test_skipped_files_are_recorded_and_bounded(tmp_path, capsys):
     raw = write_fmb(tmp_path / "raw")
     for i in (3, 20):
@@ -210,6 +278,10 @@ def test_skipped_files_are_recorded_and_bounded(tmp_path, capsys):
     with pytest.raises(UserError, match=r"fmb train: 2 images cannot be used, more than --max_errors 1; first "
                        r"train/Infrared/00003.png: .*cannot be read as an image"):  # fmt: skip
         prepare(raw, tmp_path / "other", "--on_error", "skip", "--max_errors", "1")
+    # What an earlier run has skipped is no longer good enough when images must not be left out.
+    prepare(raw, tmp_path / "again", "--on_error", "skip", "--shard", "1/2")
+    with pytest.raises(UserError, match="00003.png cannot be read as an image"):
+        prepare(raw, tmp_path / "again")
     for path in raw.glob("FMB/train/Infrared/*.png"):
         path.write_bytes(b"not an image")
     with pytest.raises(UserError, match="fmb train: not one image could be used; first: .*00000.png"):
@@ -221,8 +293,18 @@ def test_two_processes_do_not_prepare_the_same(raw, tmp_path):
 
     partial = tmp_path / "fmb/.train.partial"
     partial.mkdir(parents=True)
-    with filelock.FileLock(partial / ".1-of-1.lock"), pytest.raises(UserError, match="another process is preparing"):
-        prepare(raw, tmp_path)
+    (partial / "data-00000-of-00003.arrow.tmp").write_bytes(b"of the other process")
+    busy = pytest.raises(UserError, match="another process is preparing")
+    with filelock.FileLock(partial / ".1-of-1.lock"):
+        with busy:
+            prepare(raw, tmp_path)
+        with busy:
+            prepare(raw, tmp_path, "--shard", "1/2")
+    with filelock.FileLock(partial / ".1-of-2.lock"):
+        with busy:
+            prepare(raw, tmp_path)
+        prepare(raw, tmp_path, "--shard", "2/2")
+    assert (partial / "data-00000-of-00003.arrow.tmp").exists()
 
 
 def test_disk_full_half_way_keeps_what_is_done_and_goes_on(raw, whole, tmp_path):

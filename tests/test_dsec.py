@@ -261,6 +261,19 @@ def test_night_from_an_archive(tree, tmp_path):
     assert tensors[0] == tensors[1]
 
 
+def test_index_of_a_recording_in_an_archive_is_computed_beside_the_output(tree, tmp_path, monkeypatch):
+    """Recordings have gigabytes; the system's folder for temporary files is not used."""
+    name = "DSEC_Night/zurich_city_09_b/events/left/events.h5"
+    timestamps = tuple(read_timestamps(tree.files["DSEC_Night/zurich_city_09_b/images/timestamps.txt"]))
+    with zipfile.ZipFile(tmp_path / "night.zip", "w") as archive:
+        archive.write(tree.files[name].container, name)
+    packed = RawTree.open(tmp_path / "night.zip", tmp_path / "out/unpacked")
+    expected = compute_event_index(tree.files[name], timestamps, tmp_path / "never")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert compute_event_index(packed.files[name], timestamps, packed.scratch) == expected
+    assert list(packed.scratch.iterdir()) == [] and not (tmp_path / "never").exists()
+
+
 def test_what_is_missing_of_the_night_is_said_at_once(tree):
     with pytest.raises(UserError, match="zurich_city_09_b: images/timestamps.txt, warp_images/"):
         night(without(without(tree, "/timestamps.txt"), "warp_images"))

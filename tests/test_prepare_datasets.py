@@ -157,18 +157,14 @@ def test_file_lists_choose_the_files(raw, out, tmp_path):
     fails(out, "none.json cannot be read", *lists, tmp_path / "none.json")
 
 
-def test_source_of_an_earlier_task_is_kept_and_the_same_again_needs_overwrite(raw, out, capsys):
+def test_what_is_prepared_from_the_same_files_is_kept_and_other_settings_need_overwrite(raw, out, capsys):
     prepare("--task", DELIVER_TASK, "--raw_dir", raw, "--output_dir", out)
     prepare("--task", "cityscapes_to_fmb_infrared", "--raw_dir", raw, "--output_dir", out)
     assert "cityscapes train: already prepared from the same files, kept" in capsys.readouterr().out
-    fails(
-        out,
-        "already holds prepared data, made from the same files .*; add --overwrite",
-        "--task",
-        DELIVER_TASK,
-        "--raw_dir",
-        raw,
-    )
+    assert prepare("--task", DELIVER_TASK, "--raw_dir", raw, "--output_dir", out) == 0
+    assert capsys.readouterr().out.count("already prepared from the same files, kept") == 4
+    fails(out, "already holds prepared data, made from other files or with other settings; add --overwrite",
+          "--task", DELIVER_TASK, "--raw_dir", raw, "--store_resolution", "native")  # fmt: skip
     (raw / "FMB/train/Infrared/00003.png").unlink()
     prepare("--dataset", "fmb", "--raw_dir", raw, "--output_dir", out, "--overwrite")
     assert len(load(out / "fmb/train")[0]) == 1

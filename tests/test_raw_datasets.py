@@ -7,6 +7,7 @@ owners give names; polygons by cityscapesscripts, the owners' own program.
 import io
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import png
@@ -235,6 +236,13 @@ def test_every_dataset_is_described():
     assert RAW_DATASETS["deliver"].splits["val"].published_count == 2005
 
 
+def test_what_training_reads():
+    """Splits named train, and no other; the pictures of the night cannot be resized, as their events are not."""
+    for name, dataset in RAW_DATASETS.items():
+        for split, spec in dataset.splits.items():
+            assert spec.trained == (split == "train") and spec.fixed_size == (name == "dsec_night")
+
+
 def test_label_names_are_those_of_cityscapes():
     names = {label.id: label.name for label in cityscapes_labels if label.id >= 0}
     assert dict(enumerate(label_spaces.CITYSCAPES_LABEL_NAMES)) == names
@@ -366,6 +374,42 @@ def test_pairs(tmp_path):
         file_names("gta5", "train", tmp_path)
 
 
+# --- Archives that cannot be used
+
+
+def test_a_damaged_archive_elsewhere_does_not_matter(tmp_path):
+    """Neither beside the dataset's folder nor in another dataset's, but in its own it may hold files of it."""
+    root = write_gta5(tmp_path)
+    for name in ("FMB.zip", "other/evil.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"damaged")
+    assert len(file_names("gta5", "train", tmp_path)) == 2
+    (root / "07_images.zip").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="^[^ ]*GTA5/07_images.zip cannot be read as an archive"):
+        file_names("gta5", "train", tmp_path)
+    with pytest.raises(UserError, match=r"fmb not found .* What is missing may be in .*: [^ ]*FMB.zip cannot be read"):
+        file_names("fmb", "train", tmp_path)
+    (root / "labels/00002.png").unlink()
+    with pytest.raises(UserError, match="1 of 2 images lack a label.* What is missing may be in .*07_images.zip"):
+        file_names("gta5", "train", tmp_path)
+
+
+def test_a_damaged_archive_beside_everything_that_is_published(tmp_path, monkeypatch):
+    root = write_gta5(tmp_path)
+    (root / "copy.zip").write_bytes(b"damaged")
+    train = replace(RAW_DATASETS["gta5"].splits["train"], published_count=2)
+    complete = replace(RAW_DATASETS["gta5"], splits={"train": train})
+    assert len(find_files(complete, "train", RawTree.open(tmp_path))) == 2
+
+
+def test_an_optional_split_in_a_damaged_archive(tmp_path):
+    root = write_deliver(tmp_path)
+    assert file_names("deliver", "val", tmp_path) == []
+    (root / "val.zip").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="val.zip cannot be read as an archive"):
+        file_names("deliver", "val", tmp_path)
+
+
 # --- Recordings in place of ready-made pictures
 
 
@@ -389,8 +433,14 @@ def test_ready_made_pictures_or_recordings(tmp_path):
     assert [file.frame for file in chosen] == ["000002", "000004", "000006"]
     assert all(file.image.settings == settings for file in chosen)
     shutil.rmtree(root / "69mask_train_edges")
+    with pytest.raises(UserError, match=r"dsec test has ready-made pictures \(69mask_test_edges/\*/\*.png\) but train "
+                       "only recordings, .* Add 69mask_train_edges/.*, or give --event_representation"):  # fmt: skip
+        find_files(RAW_DATASETS["dsec"], "train", RawTree.open(tmp_path))
+    again = find_files(RAW_DATASETS["dsec"], "train", RawTree.open(tmp_path), RawOptions(events=settings))
+    shutil.rmtree(root / "69mask_test_edges")
     fallback = find_files(RAW_DATASETS["dsec"], "train", RawTree.open(tmp_path))
     assert [file.file_name for file in fallback] == [file.file_name for file in chosen]
+    assert [file.file_name for file in again] == [file.file_name for file in chosen]
 
 
 def test_recordings_that_are_not_there(tmp_path):
@@ -463,7 +513,7 @@ def test_random_polygons_equal_cityscapesscripts(tmp_path):
 def test_polygons_by_hand(tmp_path):
     """Some pixels of `POLYGONS`, which were worked out on paper."""
     path = write_polygons(tmp_path / "x.json", POLYGONS)
-    drawn = RAW_DATASETS["cityscapes"].splits["train"].labels[2].decode(RawPath.on_disk(path))
+    drawn = np.asarray(RAW_DATASETS["cityscapes"].splits["train"].labels[2].decode(RawPath.on_disk(path)))
     assert drawn.shape == (8, 16)
     assert drawn[4, 3] == 13  # car, where the licence plate lies
     assert drawn[5, 2] == 0 and drawn[3, 8] == 255  # road; nothing was drawn here, the building is deleted

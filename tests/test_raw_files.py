@@ -39,8 +39,19 @@ def folder(tmp_path):
 
 
 def refused(message: str, raw_dir, scratch=None) -> None:
-    with pytest.raises(UserError, match=message):
-        RawTree.open(raw_dir, scratch)
+    """The folder itself raises the message; for an archive in it, it is kept, and nothing of the archive is used."""
+    try:
+        tree = RawTree.open(raw_dir, scratch)
+    except UserError as error:
+        assert re.search(message, str(error))
+    else:
+        (found,) = tree.unusable.values()
+        assert re.search(message, found) and not tree.files
+        (archive,) = tree.unusable
+        with pytest.raises(UserError, match=message):
+            RawTree.open(raw_dir / archive, scratch)
+        with pytest.raises(UserError, match=message):
+            tree.check_archives("")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
@@ -215,6 +226,36 @@ def test_bombs(tmp_path, monkeypatch):
     make_zip(tmp_path / "large.zip", "large.png", bytes(1000))
     monkeypatch.setattr(raw_archives, "MAX_MEMBERS", 1)
     refused("large.zip holds more than 1 files", tmp_path)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    (tmp_path / "raw/caf\udce9").mkdir(parents=True)
+    RawTree.open(tmp_path / "raw")
+    (tmp_path / "raw/caf\udce9/one.png").touch()
+    with pytest.raises(UserError, match=r"the name of caf\\udce9/one.png in .*raw is not UTF-8; rename it"):
+        RawTree.open(tmp_path / "raw")
+    with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        file.addfile(tarfile.TarInfo("caf\udce9.png"))
+    with pytest.raises(UserError, match=r"bad.tar: caf\\udce9.png has a name that is not UTF-8"):
+        RawTree.open(tmp_path / "bad.tar")
+
+
+def test_what_is_wrong_with_archives_is_kept(folder, tmp_path):
+    zip_tree(folder, tmp_path / "raw/good.zip")
+    (tmp_path / "raw/a").mkdir()
+    make_zip(tmp_path / "raw/a/evil.zip", "../evil.png")
+    (tmp_path / "raw/damaged.tar").write_bytes(b"damaged")
+    tree = RawTree.open(tmp_path / "raw")
+    assert list(tree.files) == sorted(f"data/{name}" for name in CONTENT)
+    assert set(tree.unusable) == {"a/evil.zip", "damaged.tar"}
+    note = (
+        r" What is missing may be in archives that cannot be used: .*(evil.zip: |damaged.tar cannot).*; .*(evil|dam)"
+    )
+    assert re.fullmatch(note + ".*", tree.archives_note())
+    tree.check_archives("data/")
+    with pytest.raises(UserError, match="evil.zip: ../evil.png leads out"):
+        tree.check_archives("a/")
+    assert RawTree.open(folder).archives_note() == ""
 
 
 # --- Damaged archives

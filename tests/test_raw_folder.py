@@ -250,3 +250,21 @@ def test_wrong_label_maps(tmp_path, text, message):
 def test_label_map_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="label map .*none.yaml cannot be read"):
         LabelMap.load(tmp_path / "none.yaml")
+
+
+def test_a_damaged_archive_among_own_pictures(own):
+    (own / "images/more.zip").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="more.zip cannot be read as an archive"):
+        load(own)
+
+
+def test_names_that_are_not_utf_8(own):
+    (own / "images/caf\udce9.png").touch()
+    with pytest.raises(UserError, match=r"the name of caf\\udce9.png in .*images is not UTF-8; rename it"):
+        load(own)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_only_the_split_train_is_trained(own, split):
+    dataset, _ = load(own, split)
+    assert dataset.splits[split].trained == (split == "train") and not dataset.splits[split].fixed_size

@@ -80,7 +80,7 @@ def test_polygons_give_roughly_the_labels(tree):
     for file in find_files(RAW_DATASETS["cityscapes"], "train", tree):
         name = file.file_name.replace("leftImg8bit/", "gtFine/")
         polygons = tree.files["Cityscapes/" + name.replace("_leftImg8bit.png", "_gtFine_polygons.json")]
-        exact, traced = decode_label(file), polygon_ids(polygons)
+        exact, traced = decode_label(file), np.asarray(polygon_ids(polygons))
         assert exact.shape == traced.shape and (exact == traced).mean() > 0.93
         assert (traced[0] == 255).all()
 

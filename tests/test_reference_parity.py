@@ -142,7 +142,8 @@ def test_every_intermediate_value(converted, inputs, golden):
         projected = [p(x)[0] for p, x in zip(segmenter.projections, [decoded, *features], strict=True)]
     assert_close(base_model.empty_text_embedding(model.base), golden["uncond_inputs"], 1e-5)
     assert_close(segmenter.empty_text_embedding, golden["uncond_inputs"], 0)
-    assert_close(extractor.shared_noise, golden["shared_noise"], 0)
+    # torch draws from vectorised logarithms and cosines where the CPU has them, and from plain ones elsewhere.
+    assert_close(extractor.shared_noise, golden["shared_noise"], 1e-5)
     assert_close(prompt, golden["cond_prompt"], 1e-6)
     assert_close(time, golden["cond_time"], 1e-6)
     assert_close(latent[0], golden["latent_0"], 1e-4)
@@ -459,30 +460,34 @@ def test_optimiser_step_of_golden_gradients(converted, inputs, name):
     trainable.optimizer.step()
     for name, parameter in known.items():
         assert_close(parameter, variant.arrays[f"param_after_it0/{name}"], atol=1e-4 * expected["lr"], rtol=2e-7)
-    assert known.keys() == {
-        k.removeprefix("param_after_it0/") for k in variant.arrays if k.startswith("param_after_it0/")
+    assert {f"param_after_it0/{name}" for name in known} == {
+        k for k in variant.arrays if k.startswith("param_after_it0/")
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Relative tolerances of one of several iterations; a tensor's way leads from its initial to its present value."""
+    """Relative tolerances of an iteration; a tensor's way is the difference to its initial value."""
 
     losses: float
     gradient_norm: float
     length: float
-    """Of the way of each tensor; 1e-2 for all of them together."""
+    """Of the way of each tensor."""
     way: float
-    """Length of the difference between a tensor's way and the published one; 0.1 for all of them together."""
+    """Length of the difference between our way and the published one, for each tensor."""
+    all_lengths: float
+    """As `length`, for all tensors together."""
+    all_ways: float
 
 
 # AdamW's first updates are nearly sign(gradient): where a gradient is rounding noise, a parameter takes a whole step
 # either way, which puts ReLUs of the next pass on the other side of zero. Runs of ours that differ in rounding alone
-# disagree in a gradient (median of the tensors) by 0.03 % in the first iteration, 2.7 % in the second, 8 % in the third.
+# disagree in a gradient (median of the tensors) by 0.03 % in the first pass, 2.7 % in the second, 8 % in the third.
+# From the second on, allowed is two to four times what eight such runs showed.
 TOLERANCES = [
-    Tolerance(losses=1e-4, gradient_norm=1e-3, length=2e-3, way=0.05),
-    Tolerance(losses=2e-3, gradient_norm=5e-3, length=2e-2, way=0.1),
-    Tolerance(losses=5e-3, gradient_norm=2e-2, length=4e-2, way=0.2),
+    Tolerance(losses=1e-4, gradient_norm=1e-3, length=2e-3, way=0.05, all_lengths=1e-3, all_ways=0.02),
+    Tolerance(losses=2e-3, gradient_norm=5e-3, length=2e-2, way=0.12, all_lengths=5e-3, all_ways=0.05),
+    Tolerance(losses=5e-3, gradient_norm=2e-2, length=3e-2, way=0.18, all_lengths=5e-3, all_ways=0.08),
 ]
 
 
@@ -515,14 +520,13 @@ def test_optimiser_steps(converted, inputs, first_passes, name):
         for name, parameter in model.named_parameters():
             key = f"param_after_it{iteration}/{student_name(name)}" if parameter.requires_grad else ""
             if key in variant.arrays:
-                ways[key] = [
-                    (p - before[name]).flatten() for p in (parameter.detach(), torch.from_numpy(variant.arrays[key]))
-                ]
+                published = torch.from_numpy(variant.arrays[key])
+                ways[key] = [(after - before[name]).flatten() for after in (parameter.detach(), published)]
         assert ways.keys() == {key for key in variant.arrays if key.startswith(f"param_after_it{iteration}/")}
         for key, (ours, published) in ways.items():
             check_way(ours, published, tolerance.length, tolerance.way, key)
         together = [torch.cat(parts) for parts in zip(*ways.values(), strict=True)]
-        check_way(*together, min(tolerance.length, 1e-2), min(tolerance.way, 0.1), f"iteration {iteration}")
+        check_way(*together, tolerance.all_lengths, tolerance.all_ways, f"iteration {iteration}")
 
 
 def check_way(ours: torch.Tensor, published: torch.Tensor, length: float, way: float, what: str) -> None:

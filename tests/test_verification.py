@@ -1,11 +1,16 @@
 """`--verify` of prepared and raw splits: each damage is found and named, the contact sheet shows the data."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -14,14 +19,16 @@ import pytest
 from PIL import Image
 from raw_trees import labels, picture, save, write_cityscapes, write_fmb
 
+from madm_utils import event_simulation
 from madm_utils.arrow_writer import content_digest, row_digest
 from madm_utils.cli import UserError
 from madm_utils.contact_sheet import SHEET_WIDTH, class_palette, contact_sheet, make_sample
 from madm_utils.conversion import PublishedStatistics, row_features
+from madm_utils.events import EventSettings, EventWindow
 from madm_utils.inspection import inspect_all
 from madm_utils.label_spaces import CITYSCAPES_CLASSES, DELIVER_CLASSES, FMB_CLASSES, STREET_CLASSES, STREET_PALETTE
 from madm_utils.prepared_data import Metadata
-from madm_utils.raw_datasets import RAW_DATASETS, find_files
+from madm_utils.raw_datasets import RAW_DATASETS, RawFile, find_files
 from madm_utils.raw_files import RawTree
 from madm_utils.verification import unusable_raw, verify_prepared, verify_raw
 from madm_utils.verification_report import Report, print_report, write_report
@@ -74,7 +81,7 @@ def write_split(folder: Path, rows: list[dict], without: tuple[str, ...] = (), *
     statistics = [row["class_pixel_counts"] or [] for row in rows if labelled]
     counts = np.array([numbers if len(numbers) == len(CLASSES) else [21, 2, 0] for numbers in statistics])
     values = {
-        "dataset": "streets",
+        "dataset": folder.parent.name,
         "split": folder.name,
         "class_names": CLASSES,
         "num_images": len(rows),
@@ -176,6 +183,33 @@ def test_everything_wrong_is_collected(tmp_path):
 def test_wrong_metadata(tmp_path, changes, check, message):
     report = verify_prepared(write_split(tmp_path / "streets/train", good_rows(), **changes))
     assert status(report, check) == "PROBLEM" and has(report.problems, message), report.problems
+
+
+def test_the_folder_says_which_dataset_it_is(tmp_path):
+    folder = write_split(tmp_path / "data/streets/train", good_rows(), dataset="../../evil", split="../../../worse")
+    report = verify_prepared(folder)
+    assert (report.dataset, report.split) == ("streets", "train") and status(report, "dataset and split") == "PROBLEM"
+    assert report.problems == [
+        f"{folder} is the place of streets train, but its metadata.json says that it holds ../../evil "
+        "../../../worse; was it copied or renamed? Move it back, or prepare it again"
+    ]
+    before = set(tmp_path.rglob("*"))
+    write_report([report], folder.parent)
+    assert set(tmp_path.rglob("*")) - before == {folder.parent / "report.json", folder.parent / "train.png"}
+
+
+def test_a_split_copied_to_another_dataset(tmp_path):
+    shutil.copytree(write_split(tmp_path / "fmb/train", good_rows(False)), tmp_path / "deliver/train")
+    assert verify_prepared(tmp_path / "fmb/train").ok
+    report = verify_prepared(tmp_path / "deliver/train")
+    assert has(report.problems, r"train is the place of deliver train, but .* holds fmb train") and not report.ok
+    assert has(report.notes, "deliver train holds 3 images, the published selection has 3983")
+
+
+def test_a_relative_folder_has_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_split(tmp_path / "streets/train", good_rows()))
+    report = verify_prepared(Path("."))
+    assert report.ok and (report.dataset, report.split) == ("streets", "train")
 
 
 def test_what_cannot_be_opened_is_reported_too(tmp_path):
@@ -284,6 +318,54 @@ def test_a_worker_that_is_killed_is_a_message():
         list(inspect_all(os._exit, [9] * 20, 2, "test"))
 
 
+INTERRUPTED_TWICE = """
+import os, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from madm_utils.inspection import Seen, inspect_all
+
+SEEN = Path({folder!r})
+
+def slow(item):
+    (SEEN / str(item)).touch()
+    time.sleep(0.1)
+    return Seen(str(item))
+
+shutdown = ProcessPoolExecutor.shutdown
+
+def interrupted(self, *args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)  # the second Ctrl-C, while the first ends the workers
+    shutdown(self, *args, **kwargs)
+
+if __name__ == "__main__":
+    ProcessPoolExecutor.shutdown = interrupted
+    before = signal.getsignal(signal.SIGINT)
+    found = inspect_all(slow, range(2000), 2, "slow")
+    try:
+        for seen in found:
+            signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        before_stop = len(list(SEEN.iterdir()))
+        found.close()
+        further = len(list(SEEN.iterdir())) - before_stop
+        assert further <= 8, further  # the one in hand of each worker; their tasks and those that wait hold 30 more
+        assert signal.getsignal(signal.SIGINT) is before
+        sys.exit(130)
+"""
+
+
+def test_interrupted_twice(tmp_path):
+    (tmp_path / "seen").mkdir()
+    script = tmp_path / "run.py"
+    script.write_text(INTERRUPTED_TWICE.format(folder=str(tmp_path / "seen")))
+    root = Path(__file__).parent.parent
+    ended = subprocess.run(
+        [sys.executable, script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr, ended.stderr
+
+
 # --- Raw splits
 
 
@@ -360,10 +442,27 @@ def test_raw_duplicates_and_missing_labels(tmp_path):
 
 def test_published_statistics_of_raw_labels(tmp_path):
     write_fmb(tmp_path)
-    wrong = PublishedStatistics("stats.json", {"00043.png": {1: 7}})
+    wrong = PublishedStatistics("stats.json", {"00043": {1: 7}})
     report = raw_report(tmp_path, "fmb", "test", complete=False, statistics=wrong)
     assert has(report.problems, "^stats.json disagrees with .*00043.png")
     assert status(report, "published counts") == "PROBLEM"
+
+
+def test_scratch_is_where_the_caller_says(tmp_path, monkeypatch):
+    """Recordings in archives are unpacked below `scratch`, and nothing of them stays."""
+    grid = np.stack(np.meshgrid(np.arange(640), np.arange(480)), axis=2).astype(np.float32)
+    batch = tuple(np.array([3], kind) for kind in ("u4", "u2", "u2", "u1"))
+    event_simulation.write_recording(tmp_path / "recording", [batch], 0, grid)
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        for path in (tmp_path / "recording").iterdir():
+            archive.write(path, path.name)
+    tree = RawTree.open(tmp_path / "raw.zip")
+    window = EventWindow(tree.files["events.h5"], tree.files["rectify_map.h5"], 0, 1000, EventSettings("count"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no temporary folder"))
+    scratch = tmp_path / "work" / "scratch"
+    report = verify_raw(RAW_DATASETS["dsec"], "train", [RawFile(window, "a.png")], complete=False, scratch=scratch)
+    assert report.sizes == {"480x640": 1} and report.problems == [], report.problems
+    assert list(scratch.iterdir()) == []
 
 
 # --- What is written and shown
@@ -395,6 +494,18 @@ def test_report_files(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"images readable +all +1 wrong +PROBLEM", shown) and "1 problem:\n    a.png: image or" in shown
     assert re.search(r"1  car +6 +8.70 % +3\n", shown)
+
+
+@pytest.mark.parametrize(("writer", "name", "file"), [(Path, "write_text", "report.json"),
+                                                      (Image.Image, "save", "train.png")])  # fmt: skip
+def test_a_full_disk_is_a_message(tmp_path, monkeypatch, writer, name, file):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, name, full)
+    with pytest.raises(UserError, match=f"cannot write in {tmp_path} .*No space left.* make room"):
+        write_report([Report("streets", "train", "prepared", sheet=flat((1, 2, 3)))], tmp_path)
+    assert not (tmp_path / file).exists()
 
 
 def test_only_the_first_problems_are_printed(capsys):
