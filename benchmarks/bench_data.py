@@ -16,6 +16,8 @@ figures are per core.
 """
 
 import argparse
+import contextlib
+import io
 import random
 import sys
 import tempfile
@@ -145,7 +147,8 @@ def bench_loading(folder: Path, args: argparse.Namespace) -> None:
 
     root = draw_raw_tree(folder, args.images)
     flags = ["--task", TASK, "--raw_dir", str(root), "--output_dir", str(folder / "data"), "--num_proc", "1"]
-    prepare_datasets.main(flags)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_datasets.main(flags)
     task = TASKS[TASK]
     images = sorted(root.glob("Cityscapes/leftImg8bit/train/*/*.png"))
     labels = [

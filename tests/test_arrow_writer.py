@@ -118,7 +118,9 @@ def any_process_in(folder: Path) -> bool:
 def test_interrupt_says_how_to_go_on(raw, tmp_path):
     command = [sys.executable, SCRIPT, "--dataset", "synthetic_rgb", "--output_dir", tmp_path, "--num_proc", "1",
                "--num_train", "2000", "--resolution", "96"]  # fmt: skip
-    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    # A shell's background job ignores Ctrl-C and passes that on; the test may run in one.
+    obey = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, preexec_fn=obey)
     while not list(tmp_path.glob("*/.*.partial/data-*.json")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -66,7 +66,6 @@ def data(tmp_path_factory):
     ("name", "tuning"),
     [
         ("cityscapes_to_deliver_depth", "lora"),
-        ("cityscapes_to_deliver_depth", "full"),
         ("cityscapes_to_fmb_infrared", "lora"),
         ("cityscapes_to_dsec_event", "full"),
     ],
