@@ -35,13 +35,10 @@ from typing import TYPE_CHECKING, Any
 
 from madm_utils import cli
 from madm_utils.arrow_writer import (
-    SplitPlan,
     check_chunks,
     check_complete,
     check_replaceable,
     collect_chunks,
-    plan_raw_split,
-    plan_synthetic_split,
     planned_splits,
     publish_split,
     write_chunks,
@@ -63,6 +60,7 @@ from madm_utils.raw_files import RawPath, RawTree
 from madm_utils.raw_folder import find_folder_files
 from madm_utils.raw_search import RawDataset, RawFile, RawOptions, find_files
 from madm_utils.sampling import evenly_spaced
+from madm_utils.split_plan import SplitPlan, plan_raw_split, plan_synthetic_split
 from madm_utils.tasks import TASKS
 
 if TYPE_CHECKING:

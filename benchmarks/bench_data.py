@@ -86,10 +86,10 @@ def bench_preparation(folder: Path, args: argparse.Namespace) -> None:
     from cityscapesscripts.preparation.json2labelImg import json2labelImg
     from PIL import Image
 
-    from madm_utils.arrow_writer import plan_raw_split
     from madm_utils.raw_datasets import RAW_DATASETS, RawOptions, find_files
     from madm_utils.raw_files import RawTree
     from madm_utils.raw_labels import read_label
+    from madm_utils.split_plan import plan_raw_split
 
     root = draw_raw_tree(folder, args.images)
     polygons = sorted(root.glob("Cityscapes/gtFine/train/*/*_polygons.json"))

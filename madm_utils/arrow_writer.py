@@ -24,95 +24,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from madm_utils.cli import UserError
-from madm_utils.conversion import PublishedStatistics, RawConversion, SceneConversion, row_features
+from madm_utils.conversion import row_features
 from madm_utils.files import replace_folder, replacing
 from madm_utils.interruption import uninterrupted
-from madm_utils.label_spaces import STREET_CLASSES
 from madm_utils.prepared_data import METADATA_FILE, Metadata
-from madm_utils.raw_files import RawPath
-from madm_utils.raw_search import RawDataset, RawFile
-from madm_utils.transforms import Size
+from madm_utils.raw_search import RawFile
+from madm_utils.split_plan import SplitPlan, json_digest
 
 ROWS_IN_MEMORY = 16
 """Rows a process holds before they go to disk; a native Cityscapes image is about 2.5 MB."""
-CHUNK_SIZES = (16, 64)
-"""Fewest and most images of an Arrow file; in between a split becomes `CHUNKS` files. Every machine cuts it alike."""
-CHUNKS = 48
-CONVERSION = 1
-"""Part of every fingerprint; to be increased when the same files and settings come to give other rows."""
 PLAN_FILE = "plan.json"
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """A split that is to be written: what it is called, and how each of its items becomes a row."""
-
-    dataset: str
-    split: str
-    class_names: tuple[str, ...]
-    labelled: bool
-    items: Sequence[Any]
-    convert: Callable[[Any, Path], dict[str, Any]]
-    """Picklable; (item, scratch folder) -> row, with `height` and `width` of the stored image."""
-    identities: Sequence[Any]
-    """What each item's row depends on beside `settings`, as JSON values that are equal on every machine."""
-    stamps: Sequence[Any] = ()
-    """Of each item, what changes on this machine when its files are written again; compared in work in progress."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    resized: bool = False
-    events: bool = False
-    """Whether rows have an `events` column."""
-    licence: dict[str, Any] | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of all items and of how they are converted."""
-        return _digest(self._head(), list(self.identities))
-
-    def chunks(self) -> list[range]:
-        """Positions of the items of each chunk."""
-        count = len(self.items)
-        size = min(max(CHUNK_SIZES[0], -(-count // CHUNKS)), CHUNK_SIZES[1])
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def describe(self) -> dict[str, Any]:
-        """What `publish_split` needs to know, as JSON values; it does without the raw files."""
-        return {
-            **self._head(),
-            "labelled": self.labelled,
-            "events": self.events,
-            "resized": self.resized,
-            "licence": self.licence,
-            "fingerprint": self.fingerprint,
-            "num_items": len(self.items),
-            "chunks": [self.chunk_digest(chunk) for chunk in self.chunks()],
-        }
-
-    def chunk_digest(self, chunk: range) -> str:
-        """Digest of the items of a chunk and of how they are converted."""
-        return _digest(self._head(), [self.identities[i] for i in chunk])
-
-    def chunk_stamp(self, chunk: range) -> str:
-        """Digest of the `stamps` of a chunk."""
-        return _digest([self.stamps[i] for i in chunk] if self.stamps else [])
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "dataset": self.dataset,
-            "split": self.split,
-            "class_names": list(self.class_names),
-            "settings": self.settings,
-            "conversion": CONVERSION,
-        }
 
 
 @dataclass(frozen=True)
@@ -183,51 +113,6 @@ class Share:
 
     def __contains__(self, chunk: int) -> bool:
         return chunk % self.count == self.index - 1
-
-
-def plan_raw_split(
-    dataset: RawDataset,
-    split: str,
-    files: Sequence[RawFile],
-    stored_size: Size | None,
-    settings: dict[str, Any],
-    image_range: tuple[float, float] | None = None,
-    published: PublishedStatistics | None = None,
-) -> SplitPlan:
-    """Plan the conversion of `files`, the selected ones of one split, to `stored_size` (native for `None`)."""
-    labelled = any(file.label is not None for file in files)
-    return SplitPlan(
-        dataset.name,
-        split,
-        dataset.class_names,
-        labelled,
-        files,
-        RawConversion(len(dataset.class_names), stored_size, image_range, published),
-        [_identity(file) for file in files],
-        [_stamp(file) for file in files],
-        {**settings, "stored_size": None if stored_size is None else list(stored_size)},
-        stored_size is not None,
-        any(file.events is not None for file in files),
-        None if dataset.licence is None else asdict(dataset.licence),
-    )
-
-
-def plan_synthetic_split(modality: str, split: str, labelled: bool, count: int, seed: int, side: int) -> SplitPlan:
-    """Plan `count` procedural street scenes of `side` x `side` pixels; `seed` and `split` decide what they show."""
-    from madm_utils.scenes import scene_seed
-
-    items = [(index, scene_seed(seed, split, modality, index)) for index in range(count)]
-    return SplitPlan(
-        f"synthetic_{modality}",
-        split,
-        STREET_CLASSES,
-        labelled,
-        items,
-        SceneConversion(split, modality, side, labelled),
-        items,
-        (),
-        {"seed": seed, "resolution": side, "labelled": labelled},
-    )
 
 
 def partial_folder(output_dir: Path, dataset: str, split: str) -> Path:
@@ -344,7 +229,7 @@ def publish_split(output_dir: Path, dataset: str, split: str, max_skipped: int |
         num_images,
         sizes.pop() if len(sizes) == 1 else None,
         _total(chunk.class_pixel_counts for chunk in chunks) if plan["labelled"] else None,
-        _digest(plan["fingerprint"], skipped, content),
+        json_digest(plan["fingerprint"], skipped, content),
         plan["resized"],
         _total(chunk.images_per_class for chunk in chunks) if plan["labelled"] else None,
         plan["settings"],
@@ -701,28 +586,6 @@ def _chunk_path(folder: Path, index: int, count: int) -> Path:
     return folder / f"data-{index:05d}-of-{count:05d}.arrow"
 
 
-def _identity(file: RawFile) -> list[Any]:
-    """What the row of a raw file depends on: names and sizes of the files, windows of events."""
-
-    def of(source: Any) -> Any:
-        return source.size if isinstance(source, RawPath) else source.identity()
-
-    parts = [file.file_name, of(file.image)]
-    if file.label is not None:
-        parts += [file.label.name, file.label.size]
-    if file.events is not None:
-        parts.append(of(file.events))
-    return parts
-
-
-def _stamp(file: RawFile) -> list[int]:
-    """When the files behind a raw file were last written, in nanoseconds."""
-    sources = [file.image, file.label, file.events]
-    sources += [source.rectify_map for source in sources if source is not None and not isinstance(source, RawPath)]
-    paths = [source if isinstance(source, RawPath) else source.events for source in sources if source is not None]
-    return [path.container.stat().st_mtime_ns for path in paths]
-
-
 def _name(item: Any) -> str:
     return item.file_name if isinstance(item, RawFile) else str(item)
 
@@ -734,7 +597,3 @@ def _sha256(path: Path) -> str:
 
 def _total(counts: Iterator[tuple[int, ...] | None]) -> tuple[int, ...]:
     return tuple(np.sum([c for c in counts if c is not None], axis=0).tolist())
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -6,12 +6,13 @@ import re
 import pytest
 from huggingface_hub import DatasetCard
 
-from madm_utils.arrow_writer import OnError, Share, plan_synthetic_split, publish_split, write_chunks
+from madm_utils.arrow_writer import OnError, Share, publish_split, write_chunks
 from madm_utils.cli import UserError
 from madm_utils.dataset_card import CardSplit, dataset_card, modality_of, write_dataset_card
 from madm_utils.prepare_args import parse_prepare_args
 from madm_utils.prepared_data import Metadata
 from madm_utils.raw_datasets import RAW_DATASETS
+from madm_utils.split_plan import plan_synthetic_split
 from madm_utils.verification import verify_prepared
 from madm_utils.verification_report import write_report
 
