@@ -14,15 +14,10 @@ a folder that holds all of them.
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,10 +28,10 @@ import numpy as np
 from madm_utils.cli import UserError
 from madm_utils.conversion import row_features
 from madm_utils.files import replace_folder, replacing
-from madm_utils.interruption import uninterrupted
 from madm_utils.prepared_data import METADATA_FILE, Metadata
 from madm_utils.raw_search import RawFile
 from madm_utils.split_plan import SplitPlan, json_digest
+from madm_utils.workers import SPAWN, stopped, worker_pool, worker_state
 
 ROWS_IN_MEMORY = 16
 """Rows a process holds before they go to disk; a native Cityscapes image is about 2.5 MB."""
@@ -427,24 +422,11 @@ class _Stopped(Exception):
     """The main process wants no more chunks."""
 
 
-_worker: tuple[_Work, Any, Any] | None = None
-"""In a worker process: the work, the counter of finished images, and the event that ends the work before its end."""
-
-
-def _start_worker(work: _Work, counter: Any, stop: Any) -> None:
-    global _worker
-    _worker = (work, counter, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the work in order
-    parent = multiprocessing.parent_process()
-    # Without this, workers outlive a main process that was killed, and go on writing.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def _make_in_worker(job: _Job) -> Chunk:
-    work, counter, stop = _worker
+    work, counter = worker_state()
 
     def advance() -> None:
-        if stop.is_set():
+        if stopped():
             raise _Stopped
         with counter.get_lock():
             counter.value += 1
@@ -459,29 +441,15 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
         for job in jobs:
             tally.add(work.make(job, progress.update))
         return
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (work, counter, stop))
-    try:
+    counter, shown = SPAWN.Value("q", 0), 0
+    with worker_pool(num_proc, (work, counter)) as pool:
         pending: set[Future[Chunk]] = {pool.submit(_make_in_worker, job) for job in jobs}
-        shown = 0
         while pending:
             ready, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
             progress.update(counter.value - shown)
             shown = counter.value
             for future in ready:
                 tally.add(future.result())
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was ended from outside, perhaps for want of memory; finished shards are kept: run the "
-            "same command again with a smaller --num_proc"
-        ) from None
-    except BaseException:
-        stop.set()  # not after a broken pool: a worker that was killed may hold the event's lock
-        raise
-    finally:
-        with uninterrupted():
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # --- The folder of the work in progress

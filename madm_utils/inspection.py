@@ -1,14 +1,8 @@
 """Looking at every image of a split, in worker processes: what it is, and what is wrong with it."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +14,12 @@ from madm_utils.arrow_writer import row_digest
 from madm_utils.cli import UserError
 from madm_utils.contact_sheet import Sample, make_sample
 from madm_utils.conversion import PublishedStatistics
-from madm_utils.interruption import uninterrupted
 from madm_utils.label_spaces import IGNORE_INDEX
 from madm_utils.prepared_data import Metadata, UndecodableImage, decode_image
 from madm_utils.raw_datasets import RawFile
 from madm_utils.raw_files import RawPath
 from madm_utils.raw_labels import decode_label, read_image, to_8_bit
+from madm_utils.workers import stopped, worker_pool, worker_state
 
 if TYPE_CHECKING:
     import datasets
@@ -260,50 +254,21 @@ def _mapped(inspect: Callable[[Any], Seen], tasks: Sequence[Sequence], num_proc:
     if num_proc < 2:
         yield from ([inspect(item) for item in task] for task in tasks)
         return
-    # Not forked: the libraries that read Arrow files have threads of their own.
-    context = multiprocessing.get_context("spawn")
-    stop, broken = context.Event(), False
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (inspect, stop))
     waiting = deque()
-    try:
+    with worker_pool(num_proc, inspect) as pool:
         for task in tasks:
             waiting.append(pool.submit(_work, task))
             if len(waiting) > 2 * num_proc:  # few enough that memory does not grow with the split
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        broken = True
-        raise UserError(
-            "a worker process was ended from outside, probably because memory ran out; use fewer: --num_proc"
-        ) from None
-    finally:
-        # A shutdown that Ctrl-C breaks off leaves the executor waiting for its workers for ever.
-        with uninterrupted():
-            if not broken:  # a worker that was killed may hold the event's lock
-                stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[Callable[[Any], Seen], Any] | None = None
-"""In a worker process: what looks at an item, and the event that ends the work before its end."""
-
-
-def _start_worker(inspect: Callable[[Any], Seen], stop: Any) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers,
-    _worker = (inspect, stop)
-    parent = multiprocessing.parent_process()
-    # and when it was killed, they end themselves.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(task: Sequence) -> list[Seen]:
     """Look at the items of a task; what is left of it when the main process stops is missed by nobody."""
-    inspect, stop = _worker
-    found = []
+    inspect, found = worker_state(), []
     for item in task:
-        if stop.is_set():
+        if stopped():
             break
         found.append(inspect(item))
     return found
