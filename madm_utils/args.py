@@ -7,10 +7,13 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madm_utils.cli import UserError
 from madm_utils.tasks import TASKS, Task, load_task
+
+if TYPE_CHECKING:
+    from madm_utils.inference import InferenceSettings
 
 SCHEDULERS = ("multistep", "constant", "constant_with_warmup", "linear", "cosine", "polynomial")
 
@@ -95,10 +98,18 @@ def add_task_arguments(
     )
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which trained model and how to run it, shared by evaluation and prediction."""
+def add_inference_arguments(parser: argparse.ArgumentParser, several: str) -> None:
+    """Which trained models and how to run them, shared by evaluation and prediction.
+
+    Args:
+        parser: gets the flags.
+        several: what happens with more than one model, for the help text.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
+    group.add_argument(
+        "--model_path", required=True, nargs="+", metavar="PATH",
+        help=f"run folder, checkpoint folder, or id on the Hub; {several}",
+    )  # fmt: skip
     group.add_argument(
         "--weights", choices=("student", "teacher"), default="student",
         help="which segmenter; the published choice is the student",
@@ -107,10 +118,47 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained_model_name_or_path", metavar="BASE",
         help="base model in place of the one stored with the model, e.g. when its folder has moved",
     )  # fmt: skip
-    group.add_argument("--batch_size", type=positive_int, default=1, help="images per forward pass and process")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=1,
+        help="images per forward pass and process in fp16 and bf16; full precision takes one at a time, so that the"
+        " results are the same to the last pixel",
+    )  # fmt: skip
     group.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="autocast; published: fp16"
     )
+    group = parser.add_argument_group("any resolution and better scores")
+    group.add_argument(
+        "--window", type=positive_int, metavar="PIXELS",
+        help="slide a square window of this side (a multiple of 64) over the image at its own size; default: stretch"
+        " the whole image to the training resolution, as published",
+    )  # fmt: skip
+    group.add_argument(
+        "--stride", type=positive_int, metavar="PIXELS", help="from window to window; default: 3/4 of the window"
+    )
+    group.add_argument(
+        "--tta", type=test_time_augmentations, default=(), metavar="LIST",
+        help="test-time augmentation, averaged: `flip` (mirrored too, 2 times the work), `scales` (0.75, 1 and 1.25"
+        " times the size, 3 times the work), or `flip,scales`",
+    )  # fmt: skip
+
+
+def inference_settings(args: argparse.Namespace) -> "InferenceSettings":
+    """What the flags of `add_inference_arguments` say about windows and augmented views.
+
+    Raises:
+        UserError: see `InferenceSettings`.
+    """
+    from madm_utils.inference import InferenceSettings
+
+    return InferenceSettings.named(args.window, args.stride, args.tta)
+
+
+def test_time_augmentations(text: str) -> tuple[str, ...]:
+    """argparse type: `flip`, `scales` or both, separated by a comma."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names or set(names) - {"flip", "scales"}:
+        raise argparse.ArgumentTypeError(f"expected flip, scales or flip,scales, got {text!r}")
+    return names
 
 
 def add_data_arguments(group) -> None:

@@ -7,8 +7,10 @@ has nothing but `.bin` files is read by the libraries as plain tensors.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, ModelMixin, UNet2DConditionModel
@@ -17,6 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from madm_utils.cli import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 PARTS = ("vae", "unet", "scheduler", "text_encoder", "tokenizer")
 
@@ -159,18 +164,66 @@ def base_fingerprint(vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: 
     return digest.hexdigest()[:16]
 
 
+def base_signature(
+    vae: AutoencoderKL, scheduler: DDPMScheduler, unet: UNet2DConditionModel | None = None
+) -> list[float]:
+    """A few numbers of a base model by which `check_base` knows it again; empty on the meta device.
+
+    Weights of convolutions, which no LoRA and no quantisation touches.
+
+    Args:
+        vae, scheduler: of the base model.
+        unet: of the base model as well, where it is used as it is but for a LoRA.
+    """
+    convolutions = [vae.encoder.conv_in, vae.decoder.conv_out]
+    if unet is not None:
+        convolutions += [unet.conv_in, unet.mid_block.resnets[0].conv1, unet.conv_out]
+    if any(convolution.weight.is_meta for convolution in convolutions):
+        return []
+    values = [float(scheduler.alphas_cumprod[-1])]
+    for convolution in convolutions:
+        weights = convolution.weight.detach().flatten()
+        values += weights[torch.linspace(0, len(weights) - 1, 16).long().to(weights.device)].float().tolist()
+    return [float(f"{value:.6g}") for value in values]
+
+
+def check_base(signature: Sequence[float], expected: Sequence[float], name: str) -> None:
+    """Raise `UserError` unless the base model `name` is, up to the rounding of its precision, the expected one.
+
+    Args:
+        signature: of what was loaded, see `base_signature`.
+        expected: of what the model was trained on.
+        name: of the base model that was loaded.
+    """
+    same = len(signature) == len(expected) and all(
+        abs(found - value) <= 0.004 * abs(value) + 1e-6 for found, value in zip(signature, expected, strict=True)
+    )
+    if signature and not same:
+        raise UserError(
+            f"this model was trained on another base model than {name}, whose weights differ; it would run, and "
+            "segment nonsense. Give the base model that its card names"
+        )
+
+
 def vae_scale(vae: AutoencoderKL) -> int:
     """Image pixels per latent pixel of `vae`."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def load_text_encoder(base: BaseModelReference) -> "CLIPTextModel":
+    """The text encoder of the base model, float32."""
+    from transformers import CLIPTextModel
+
+    return _load(base, CLIPTextModel, "text_encoder", dtype=torch.float32)
+
+
 @torch.no_grad()
 def empty_text_embedding(base: BaseModelReference) -> Tensor:
     """Embedding of the empty prompt, (1, tokens, D) float32: final layer norm applied, no attention mask."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     tokenizer = _load(base, CLIPTokenizer, "tokenizer")
-    text_encoder = _load(base, CLIPTextModel, "text_encoder", dtype=torch.float32).eval()
+    text_encoder = load_text_encoder(base).eval()
     length = text_encoder.config.max_position_embeddings
     tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids).last_hidden_state
@@ -242,11 +295,13 @@ def load_strict(cls: type[ModelMixin], folder: Path, part: str) -> ModelMixin:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is missing or lacks config.json; the folder is incomplete, copy or download it again")
     try:
-        model = cls.from_config(cls.load_config(path))
+        # The tensors of the file become the parameters: nothing is initialised, nothing copied.
+        with torch.device("meta"):
+            model = cls.from_config(cls.load_config(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}/config.json is damaged ({reason}); copy or download it again") from None
-    restore_strict(model, folder, part)
+    restore_strict(model, folder, part, assign=True)
     return model
 
 
@@ -328,9 +383,12 @@ def lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
     return {f"unet.{key}": value for key, value in state.items()}
 
 
-def restore_strict(module: ModelMixin, folder: Path, part: str) -> None:
-    """Put the tensors saved in `folder/part` into `module`, refusing any key or shape that does not fit."""
+def restore_strict(module: ModelMixin, folder: Path, part: str, assign: bool = False) -> None:
+    """Put the tensors saved in `folder/part` into `module`, refusing any key or shape that does not fit.
+
+    With `assign` they replace those of the module instead of being copied into them.
+    """
     path = folder / part / SAFETENSORS_WEIGHTS_NAME
     state = read_safetensors(path)
     check_keys(module.state_dict(), state, path)
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)

@@ -90,9 +90,9 @@ class DiffusionFeatureExtractor(nn.Module):
             latents = latents.float()
         noise = self.shared_noise
         if noise.shape[-2:] != latents.shape[-2:]:
-            noise = self.draw_noise(*latents.shape[-2:]).to(latents.device)
+            noise = self.draw_noise(*latents.shape[-2:])
         timesteps = torch.full((1,), timestep, device=latents.device, dtype=torch.long)
-        return self.scheduler.add_noise(latents, noise.to(latents.dtype), timesteps)
+        return self.scheduler.add_noise(latents, noise.to(latents), timesteps)
 
     def denoise(self, noisy: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
         """Run the UNet once.
@@ -111,9 +111,25 @@ class DiffusionFeatureExtractor(nn.Module):
             label_latent = self.unet(
                 noisy.to(dtype),
                 torch.full((1,), timestep, device=noisy.device, dtype=torch.long),
-                encoder_hidden_states=prompt.to(dtype).expand(len(noisy), -1, -1),
+                # `shape`, not `len`, which an export would take for a constant
+                encoder_hidden_states=prompt.to(dtype).expand(noisy.shape[0], -1, -1),
             ).sample
         return features[::-1], label_latent
+
+    def extract(self, images: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
+        """From images (B, 3, H, W) in [0, 1] to all features of the segmenter (MADM, section 3).
+
+        Args:
+            images: height and width are multiples of 64.
+            timestep: noise level of the latents; 0, the level of student and test, still adds a little noise.
+            prompt, time: see `denoise`.
+
+        Returns:
+            [decoded label latent, un-clipped and without gradient; UNet features, finest first], and the label latent.
+        """
+        noisy = self.add_noise(self.encode(images * 2 - 1), timestep)
+        features, label_latent = self.denoise(noisy, timestep, prompt, time)
+        return [self.decode(label_latent), *features], label_latent
 
     @contextmanager
     def _read_out(self, time: Tensor) -> Iterator[list[Tensor]]:

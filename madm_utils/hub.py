@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from madm_utils import __version__
 from madm_utils.cli import UserError
+from madm_utils.standalone import PIPELINE_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "pillow")
 _OPTIONAL = ("pytorch_lora_weights.safetensors", "segmenter/*", "teacher/*", "unet/*", "sample.png")
-_FILES = ("madm_config.json", "run.json", "README.md", *_OPTIONAL)
+_FILES = ("madm_config.json", "run.json", "README.md", *PIPELINE_FILES, *_OPTIONAL)
 
 
 def versions() -> dict[str, str]:
@@ -93,7 +94,7 @@ class HubUpload:
         self._stale = [f"{name}/{file}" if name else file for name in names for file in _OPTIONAL]
         if several:
             self._files.append("README.md")
-            self._stale += ["madm_config.json", *_OPTIONAL]
+            self._stale += ["madm_config.json", *PIPELINE_FILES, *_OPTIONAL]
         self._pauses = tuple(pauses)
         self._timeout = timeout
         # Under a temporary name of this run: `checkpointing.remove_unfinished` clears it after a kill.

@@ -8,6 +8,8 @@ never copied:
     teacher/                             the same of the mean teacher (absent in source-only runs)
     pytorch_lora_weights.safetensors     LoRA of the UNet in diffusers format (`unet_tuning` lora)
     unet/                                the whole UNet (`unet_tuning` full)
+    original_checkpoint.safetensors      of a converted model: what only the published format holds
+    model_index.json, pipeline.py        the same model for machines without this package (`standalone.py`)
 
 A run over several modalities has one such folder per modality; `load_adapters` loads them on one shared base.
 """
@@ -29,12 +31,15 @@ from madm_utils.cli import UserError
 from madm_utils.engines import gather_state
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.segmenter import Segmenter
+from madm_utils.standalone import save_standalone
 from madm_utils.tasks import Task, task_from_dict
 
 # One UNet carries the adapters of several modalities on purpose.
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
 CONFIG_NAME = "madm_config.json"
+FORMAT = 2
+"""Of the model folder. Format 1 did not say which base model it was trained on but by name."""
 LORA_TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
 UNET_OUTPUT_LAYERS = ("conv_norm_out", "conv_out")
 
@@ -86,6 +91,8 @@ class MADMModel(nn.Module):
         self.base = base
         self.resolution = resolution
         self.unet_tuning = unet_tuning
+        base_unet = extractor.unet if unet_tuning == "lora" else None
+        self.base_signature = base_model.base_signature(extractor.vae, extractor.scheduler, base_unet)
 
     @property
     def unet(self) -> nn.Module:
@@ -106,11 +113,8 @@ class MADMModel(nn.Module):
         """
         segmenter = segmenter or self.segmenter
         self.activate()
-        latents = self.extractor.encode(images * 2 - 1)
-        noisy = self.extractor.add_noise(latents, timestep)
-        features, label_latent = self.extractor.denoise(noisy, timestep, *segmenter.condition())
-        decoded = self.extractor.decode(label_latent)
-        return MADMOutput(logits=segmenter([decoded, *features]), label_latent=label_latent, decoded=decoded)
+        features, label_latent = self.extractor.extract(images, timestep, *segmenter.condition())
+        return MADMOutput(logits=segmenter(features), label_latent=label_latent, decoded=features[0])
 
     @classmethod
     def from_base(
@@ -200,12 +204,13 @@ class MADMModel(nn.Module):
     def config(self) -> dict[str, Any]:
         """What `madm_config.json` holds."""
         return {
-            "format": 1,
+            "format": FORMAT,
             "task": self.task.to_dict(),
             "resolution": self.resolution,
             "unet_tuning": self.unet_tuning,
             "noise_in_latent_dtype": self.extractor.noise_in_latent_dtype,
             "base_model": self.base.to_dict(),
+            "base_signature": self.base_signature,
         }
 
     def trained_state(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -240,6 +245,7 @@ class MADMModel(nn.Module):
             base_model.save_lora(self.unet, folder, self.task.modality, state["unet"])
         else:
             base_model.save_part(self.unet, folder / "unet", state["unet"])
+        save_standalone(folder, self.config())
         (folder / CONFIG_NAME).write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
 
     def restore(self, folder: str | Path, teacher: Segmenter | None = None) -> None:
@@ -279,10 +285,15 @@ class MADMModel(nn.Module):
         folder = base_model.local_folder(folder, revision, expected=CONFIG_NAME)
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            if config["format"] != FORMAT:
+                raise UserError(
+                    f"{folder / CONFIG_NAME} is of format {config['format']}, this version reads and writes {FORMAT}; "
+                    "use the version that wrote it, or train again"
+                )
             task = task_from_dict(config["task"], where=str(folder / CONFIG_NAME))
             reference = BaseModelReference(**config["base_model"])
             tuning, rounding = str(config["unet_tuning"]), bool(config["noise_in_latent_dtype"])
-            resolution = int(config["resolution"])
+            resolution, signature = int(config["resolution"]), list(config["base_signature"])
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
@@ -305,6 +316,7 @@ class MADMModel(nn.Module):
         scheduler = base_model.load_scheduler(reference)
         extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, rounding)
         model = cls(extractor, segmenter, task, reference, resolution, tuning)
+        base_model.check_base(model.base_signature, signature, reference.pretrained_model_name_or_path)
         return model.to(dtype or torch.float32).requires_grad_(False).eval()
 
 

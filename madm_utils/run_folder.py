@@ -175,7 +175,7 @@ def publish_model(folder: Path, save: Callable[[Path], None]) -> None:
         save(staging)
         # The configuration goes first and comes last: a folder that has it has everything.
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             if (folder / path.name).is_dir():
                 shutil.rmtree(folder / path.name)
             path.replace(folder / path.name)

@@ -1,8 +1,10 @@
-"""Starts of train_madm.py without its ten seconds of imports: one process imports them once, then forks.
+"""Starts of the scripts without their ten seconds of imports: one process imports them once, then forks.
 
 Every child runs the script itself, as `__main__`, with its own flags, environment, output and process group.
 """
 
+import atexit
+import functools
 import gc
 import json
 import os
@@ -10,6 +12,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +41,13 @@ class ForkServer:
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setup.processes}
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             environment = {key: str(value) for key, value in environment.items()} if setup.processes > 1 else {}
-            started.append(Forked(self, self.ask({"flags": flags, "log": str(log), "environment": environment})))
+            started.append(self.fork("train_madm.py", flags, str(log), str(log), environment))
         return started
+
+    def fork(self, script: str, flags: list[str], out: str, err: str, environment: dict[str, str]) -> "Forked":
+        """Start a script of the repository; its output is appended to the files `out` and `err`, which exist."""
+        request = {"script": script, "flags": flags, "out": out, "err": err, "environment": environment}
+        return Forked(self, self.ask(request))
 
     def close(self) -> None:
         self._server.stdin.close()
@@ -61,8 +69,27 @@ class Forked:
         return self.poll(options=0)
 
 
+@functools.cache
+def _shared_server() -> ForkServer:
+    """One per test process."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script of the repository to its end, as `subprocess.run` with captured text does."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        out.touch()
+        err.touch()
+        flags = [str(flag) for flag in flags]
+        code = _shared_server().fork(script, flags, str(out), str(err), {}).wait()
+        return subprocess.CompletedProcess([script, *flags], code, out.read_text(), err.read_text())
+
+
 def serve() -> list[str]:
-    """Answer requests until there are no more; in a forked child, return its flags."""
+    """Answer requests until there are no more; in a forked child, return its script and flags."""
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -72,12 +99,11 @@ def serve() -> list[str]:
             answer = os.fork()
             if answer == 0:
                 os.setsid()
-                output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
+                for descriptor, name in ((1, request["out"]), (2, request["err"])):
+                    os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), descriptor)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.environ.update(request["environment"])
-                return request["flags"]
+                return [request["script"], *request["flags"]]
         print(json.dumps(answer), flush=True)
     os._exit(0)
 
@@ -87,13 +113,18 @@ if __name__ == "__main__":
     from madm_utils.cli import quiet_libraries
 
     quiet_libraries()
-    import datasets  # noqa: F401 what the script imports late is imported before forking as well
+    import datasets  # noqa: F401 what the scripts import late is imported before forking as well
+    import matplotlib.figure  # noqa: F401
     import tensorboard  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
+    import eval_madm  # noqa: F401
+    import madm_utils.pipeline_madm  # noqa: F401
+    import predict_madm  # noqa: F401
+    import prepare_datasets  # noqa: F401
     import train_madm  # noqa: F401
 
     gc.collect()
     gc.freeze()  # children need not look through, and copy, what they share
-    sys.argv = ["train_madm.py", *serve()]
-    runpy.run_path(str(ROOT / "train_madm.py"), run_name="__main__")
+    sys.argv = serve()
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

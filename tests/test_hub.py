@@ -99,8 +99,8 @@ def hub():
 
 
 def snippet(folder: Path) -> str:
-    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    return code
+    """The first one: the use of this package."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
 
 
 def execute(folder: Path, place: Path, monkeypatch, capsys) -> tuple[np.ndarray, str]:
@@ -263,8 +263,9 @@ def client(hub: HubServer, code: str, folder: Path, check: int = 0, **environmen
     return printed
 
 
-UPLOADED = {"madm_config.json", "run.json", "README.md", "sample.png", "pytorch_lora_weights.safetensors",
-            "segmenter/config.json", "segmenter/diffusion_pytorch_model.safetensors", "teacher/config.json",
+UPLOADED = {"madm_config.json", "model_index.json", "pipeline.py", "run.json", "README.md", "sample.png",
+            "pytorch_lora_weights.safetensors", "segmenter/config.json", "segmenter/segmenter.py",
+            "segmenter/diffusion_pytorch_model.safetensors", "teacher/config.json",
             "teacher/diffusion_pytorch_model.safetensors"}  # fmt: skip
 
 

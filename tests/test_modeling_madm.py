@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_model import RESOLUTION, WIDTHS, base_folder, new_model, write_model
 
 import train_madm
+from madm_utils import base_model
 from madm_utils.args import parse_train_args, train_parser
-from madm_utils.base_model import BaseModelReference
+from madm_utils.base_model import BaseModelReference, base_signature, check_base
 from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.modeling_madm import LORA_TARGET_MODULES, MADMModel
@@ -150,9 +151,8 @@ def test_round_trip(tuning, images, tmp_path):
     files = {p.relative_to(tmp_path / "m").as_posix() for p in (tmp_path / "m").rglob("*") if p.is_file()}
     parts = ["segmenter", "teacher"] + (["unet"] if tuning == "full" else [])
     expected = {f"{part}/{name}" for part in parts for name in ("config.json", "diffusion_pytorch_model.safetensors")}
-    assert files == expected | {"madm_config.json"} | (
-        {"pytorch_lora_weights.safetensors"} if tuning == "lora" else set()
-    )
+    expected |= {"madm_config.json", "model_index.json", "pipeline.py", "segmenter/segmenter.py"}
+    assert files == expected | ({"pytorch_lora_weights.safetensors"} if tuning == "lora" else set())
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -163,6 +163,23 @@ def test_restore(tuning, images, saved):
     expected = MADMModel.from_pretrained(saved[tuning], weights="teacher")
     with torch.no_grad():
         assert torch.equal(model(images, segmenter=teacher).logits, expected(images).logits)
+
+
+def test_another_base_of_the_same_shape_is_refused(saved, tmp_path):
+    """Its weights differ; those of the right one may have been rounded."""
+    other = tmp_path / "other"
+    shutil.copytree(base_folder(), other)
+    unet = UNet2DConditionModel.from_pretrained(other / "unet")
+    torch.nn.init.normal_(unet.conv_in.weight)
+    unet.save_pretrained(other / "unet")
+    with pytest.raises(UserError, match="trained on another base model than .*other, whose weights differ"):
+        MADMModel.from_pretrained(saved["lora"], base=str(other))
+    MADMModel.from_pretrained(saved["full"], base=str(other))  # brings its own UNet
+    vae = base_model.load_vae(BaseModelReference(str(base_folder())), torch.bfloat16)
+    unet = base_model.load_unet(BaseModelReference(str(base_folder())), torch.float16)
+    scheduler = base_model.load_scheduler(BaseModelReference(str(base_folder())))
+    expected = json.loads((saved["lora"] / "madm_config.json").read_text())["base_signature"]
+    check_base(base_signature(vae, scheduler, unet), expected, "rounded")
 
 
 def test_lora_loads_in_plain_diffusers(images, tmp_path):
@@ -380,6 +397,14 @@ def test_folder_that_is_no_model(tmp_path, saved):
         MADMModel.from_pretrained(tmp_path / "m")
     (tmp_path / "m/madm_config.json").write_text("{}")
     with pytest.raises(UserError, match="madm_config.json cannot be read"):
+        MADMModel.from_pretrained(tmp_path / "m")
+
+
+def test_a_folder_of_another_format_is_named(saved, tmp_path):
+    shutil.copytree(saved["full"], tmp_path / "m")
+    path = tmp_path / "m/madm_config.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="is of format 1, this version reads and writes 2; use the version"):
         MADMModel.from_pretrained(tmp_path / "m")
 
 

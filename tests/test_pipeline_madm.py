@@ -10,7 +10,9 @@ from tiny_model import RESOLUTION, write_model
 
 from madm_utils import MADMPipeline
 from madm_utils.cli import UserError
-from madm_utils.pipeline_madm import finite, read_image, resize_logits
+from madm_utils.images import read_image
+from madm_utils.inference import to_network_input
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import TASKS
 
 COMMON = Path(__file__).parent / "fixtures" / "common" / "dataset_case"
@@ -23,19 +25,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    return MADMPipeline.from_pretrained(folder)
+    pipe = MADMPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def random_pixels(*shape, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
 
 
-def test_label_map_equals_the_model_called_by_hand(pipe):
+def test_label_map_equals_the_model_called_by_hand(pipe, folder):
     pixels = random_pixels(50, 90, 3)
     small = np.asarray(Image.fromarray(pixels).resize((RESOLUTION, RESOLUTION), Image.Resampling.BILINEAR))
     images = torch.from_numpy(small.transpose(2, 0, 1).copy())[None].float() / 255
     with torch.no_grad():
-        logits = pipe.model(images).logits
+        logits = MADMModel.from_pretrained(folder)(images).logits
     logits = torch.nn.functional.interpolate(logits, size=(50, 90), mode="bilinear", align_corners=False)[0]
 
     output = pipe(pixels, return_confidence=True)
@@ -43,7 +47,81 @@ def test_label_map_equals_the_model_called_by_hand(pipe):
     np.testing.assert_array_equal(output.label_maps[0], logits.argmax(0).numpy())
     assert len(np.unique(output.label_maps[0])) > 1
     np.testing.assert_allclose(output.confidence[0], logits.softmax(0).max(0).values.numpy(), atol=1e-6)
-    assert pipe(pixels).confidence is None
+    output = pipe(pixels)
+    assert (output.confidence, output.probabilities, output.color, output.overlay) == (None,) * 4
+
+
+def test_everything_that_can_be_asked_for(pipe):
+    pixels = random_pixels(50, 90, 3)
+    flags = {f"return_{name}": True for name in ("confidence", "probabilities", "color", "overlay")}
+    output = pipe([pixels, pixels[:30]], **flags, overlay_alpha=0.25)
+    label_map, probabilities = output.label_maps[1], output.probabilities[1]
+    assert probabilities.shape == (11, 30, 90) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
+    np.testing.assert_array_equal(probabilities.argmax(0), label_map)
+    np.testing.assert_array_equal(probabilities.max(0), output.confidence[1])
+    color = np.array(pipe.palette, np.uint8)[label_map]
+    np.testing.assert_array_equal(np.asarray(output.color[1]), color)
+    np.testing.assert_allclose(np.asarray(output.overlay[1]), 0.75 * pixels[:30] + 0.25 * color, atol=0.51)
+    label_maps, colors = pipe(pixels, return_color=True, return_dict=False)
+    np.testing.assert_array_equal(label_maps[0], output.label_maps[0])
+    assert colors[0].size == (90, 50)
+
+
+def test_tensors_and_batches_of_arrays_agree(pipe):
+    batch = random_pixels(2, 40, 70, 3)
+    expected = pipe(list(batch)).label_maps
+    for images in (batch, torch.from_numpy(batch).permute(0, 3, 1, 2), batch / np.float32(255)):
+        np.testing.assert_array_equal(pipe(images).label_maps, expected)
+
+
+def test_windows_augmentation_and_ensembles_change_the_scores(pipe, folder):
+    """Each reaches the engine, whose numbers `test_inference.py` checks."""
+    pixels = random_pixels(64, 90, 3)
+    teacher = MADMPipeline.from_pretrained(folder, weights="teacher")
+
+    def probabilities(**options):
+        return pipe(pixels, return_probabilities=True, **options).probabilities[0]
+
+    plain = probabilities()
+    assert np.abs(probabilities(window=64) - plain).max() > 1e-3
+    assert np.abs(probabilities(tta=("flip",)) - plain).max() > 1e-3
+    assert np.abs(probabilities(window=64, stride=16) - probabilities(window=64)).max() > 1e-3
+    mean = (plain + teacher(pixels, return_probabilities=True).probabilities[0]) / 2
+    np.testing.assert_allclose(probabilities(ensemble=[teacher]), mean, atol=1e-6)
+
+
+def test_ensembles_of_other_classes_are_refused(pipe, tmp_path):
+    other = MADMPipeline.from_pretrained(write_model(tmp_path, "synthetic_to_infrared"))
+    with pytest.raises(UserError, match="equal classes and resolutions: sky, building, fence"):
+        pipe(random_pixels(9, 9), ensemble=[other])
+    with pytest.raises(UserError, match="overlay_alpha is a share from 0 to 1, got 2"):
+        pipe(random_pixels(9, 9), overlay_alpha=2)
+
+
+def test_memory_switches_keep_the_result(folder):
+    pixels = random_pixels(60, 60, 3)
+    pipe = MADMPipeline.from_pretrained(folder)
+    expected = pipe(pixels, return_probabilities=True).probabilities[0]
+    pipe.enable_attention_slicing(1)
+    pipe.vae.enable_slicing()
+    np.testing.assert_allclose(pipe(pixels, return_probabilities=True).probabilities[0], expected, atol=1e-5)
+    pipe.enable_model_cpu_offload(device="cpu")  # the same hooks as with a GPU
+    np.testing.assert_allclose(pipe(pixels, return_probabilities=True).probabilities[0], expected, atol=1e-5)
+
+
+def test_saved_pipeline_is_the_same_model(pipe, folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    for name in ("madm_config.json", "model_index.json", "pipeline.py"):
+        assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
+    pixels = random_pixels(50, 50, 3)
+    again = MADMPipeline.from_pretrained(tmp_path / "copy")
+    np.testing.assert_array_equal(again(pixels).label_maps[0], pipe(pixels).label_maps[0])
+    assert repr(pipe).startswith("MADMPipeline") and set(pipe.components) == {"segmenter", "vae", "unet", "scheduler"}
+    for options in ({"safe_serialization": False}, {"variant": "fp16"}):
+        with pytest.raises(UserError, match="plain safetensors"):
+            pipe.save_pretrained(tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
 
 
 def test_one_or_many_paths_arrays_and_pictures_agree(pipe, tmp_path):
@@ -57,43 +135,19 @@ def test_one_or_many_paths_arrays_and_pictures_agree(pipe, tmp_path):
     assert pipe([]).label_maps == []
 
 
-def test_batches_keep_order_and_sizes(pipe):
+def test_an_image_is_segmented_alike_in_every_company(pipe):
+    """Alone, or in batches of 4 with others of other sizes: the same probabilities to the last bit."""
     images = [random_pixels(20 + 30 * k, 100 - 10 * k, 3) for k in range(5)]
-    together = pipe(images, batch_size=2).label_maps
-    for image, label_map in zip(images, together, strict=True):
-        assert label_map.shape == image.shape[:2]
-        assert (label_map == pipe(image).label_maps[0]).mean() > 0.999  # rounding depends on the batch
-
-
-def test_single_channel_is_repeated_and_alpha_dropped():
-    gray, rgba = random_pixels(6, 5), random_pixels(6, 5, 4)
-    for image in (gray, gray[..., None], Image.fromarray(gray)):
-        np.testing.assert_array_equal(np.asarray(read_image(image)), np.repeat(gray[..., None], 3, axis=2))
-    for image in (rgba, Image.fromarray(rgba)):
-        np.testing.assert_array_equal(np.asarray(read_image(image)), rgba[..., :3])
-
-
-def test_16_bits_are_scaled_linearly(tmp_path):
-    values = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
-    expected = [0, 0, 1, 1, 128, 255]  # round(value / 257)
-    Image.fromarray(values).save(tmp_path / "depth.png")
-    for image in (values, tmp_path / "depth.png", Image.fromarray(values.astype(np.int32))):
-        result = np.asarray(read_image(image))
-        assert result.shape == (1, 6, 3)
-        np.testing.assert_array_equal(result[0, :, 0], expected)
-
-
-def test_a_rotated_photo_keeps_its_stored_pixels(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown rotated by a quarter turn
-    Image.fromarray(random_pixels(10, 20, 3)).save(tmp_path / "photo.jpg", exif=exif)
-    assert read_image(tmp_path / "photo.jpg").size == (20, 10)
+    together = pipe(images, batch_size=4, return_probabilities=True)
+    for k, image in enumerate(images):
+        alone = pipe(image, return_probabilities=True)
+        np.testing.assert_array_equal(together.label_maps[k], alone.label_maps[0])
+        np.testing.assert_array_equal(together.probabilities[k], alone.probabilities[0])
 
 
 @pytest.mark.parametrize("kind", ["depth", "infrared", "event"])
-def test_preprocessing_equals_published(pipe, monkeypatch, kind):
-    monkeypatch.setattr(pipe.model, "resolution", 512)
-    images = pipe.preprocess([read_image(COMMON / kind / "a/b/c/img.png")])
+def test_preprocessing_equals_published(kind):
+    images = to_network_input([read_image(COMMON / kind / "a/b/c/img.png")], 512)
     golden = np.load(COMMON / kind / "golden.npz")["image"]
     assert images.is_contiguous() and images.dtype == torch.float32
     assert np.abs(255 * images[0].numpy() - golden).max() <= 1 + 1e-4
@@ -107,37 +161,10 @@ def test_classes_weights_and_dtype(pipe, folder):
     teacher = MADMPipeline.from_pretrained(folder, weights="teacher", device="cpu")
     assert (teacher(pixels).label_maps[0] != student).any()
     half = MADMPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    assert next(half.model.parameters()).dtype == torch.bfloat16
+    assert half.dtype == torch.bfloat16
     assert (half(pixels).label_maps[0] == student).mean() > 0.5
 
 
 def test_lora_folder_predicts_too(tmp_path):
     pipe = MADMPipeline.from_pretrained(write_model(tmp_path, unet_tuning="lora"))
     assert pipe(random_pixels(30, 40, 3)).label_maps[0].shape == (30, 40)
-
-
-def test_equal_size_leaves_logits_alone():
-    logits = torch.randn(3, 16, 16)
-    assert torch.equal(resize_logits(logits, (16, 16)), logits)
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (random_pixels(4, 4, 2), r"uint8 and shape \(4, 4, 2\); expected uint8 or uint16"),
-        (np.zeros((4, 4, 3), np.float32), r"dtype float32"),
-        (np.zeros(7, np.uint8), r"shape \(7,\)"),
-        (Image.fromarray(np.zeros((4, 4), np.float32)), "floating-point pixels"),
-        (Image.fromarray(np.full((4, 4), 70000, np.int32)), r"32-bit pixels 70000\.\.70000"),
-        ("nowhere.png", "nowhere.png: no such file"),
-        (__file__, "cannot be read as an image"),
-    ],
-)
-def test_unusable_images_are_named(image, message):
-    with pytest.raises(UserError, match=message):
-        read_image(image)
-
-
-def test_nan_is_not_taken_for_a_prediction():
-    with pytest.raises(UserError, match="not finite.*bf16"):
-        finite(torch.tensor([0.0, float("nan")]))

@@ -63,14 +63,15 @@ def test_adapters_swap_by_name(together):
     """One base in memory; after any number of swaps each modality predicts what its own folder predicts."""
     pipe = MADMPipeline.from_pretrained(together)
     assert pipe.adapter_names == ("depth", "infrared")
-    assert pipe.models["depth"].unet is pipe.models["infrared"].unet
+    unet, vae = pipe.unet, pipe.vae
     images = torch.rand(2, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
     logits = {}
     for name in ("depth", "infrared", "depth", "infrared"):
         pipe.set_adapters(name)
         with torch.no_grad():
             alone = MADMModel.from_pretrained(together / name)(images).logits
-            found = pipe.model(images).logits
+            found = pipe.forward(images)
+        assert pipe.modality == name and pipe.unet is unet and pipe.vae is vae
         assert torch.equal(found, alone)
         logits[name] = found
     assert logits["depth"].shape[1] == 11 and logits["infrared"].shape[1] == len(pipe.class_names) == 9
