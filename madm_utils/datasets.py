@@ -164,10 +164,18 @@ class AdaptationDataset(Dataset):
 
 
 class EvaluationDataset(Dataset):
-    """Labelled images of the target dataset, whole, squeezed to `resolution` x `resolution`.
+    """Labelled images of the target dataset, whole.
 
-    Items: `image` uint8 (3, R, R); `label` uint8 (h, w) in task ids with 255 = ignore, R x R by NEAREST for protocol
-    "paper" (MADM, section Data) and native size for "native"; `index`.
+    Items: `image` uint8 (3, R, R), squeezed to `resolution`, or of the size stored, (3, h, w); `label` uint8 (h, w) in
+    task ids with 255 = ignore, R x R by NEAREST for protocol "paper" (MADM, section Data) and native size for
+    "native"; `index`; the texts `condition` and `sequence` of the prepared data.
+
+    Args:
+        data_dir, streaming: see `AdaptationDataset`.
+        task: gives dataset and label map.
+        split: e.g. `test`.
+        resolution: side R of the images; `None` leaves them at the size stored.
+        protocol: `paper` or `native`.
 
     Raises:
         UserError: unknown protocol, unprepared or unlabelled split, labels that do not fit the task, or, from an
@@ -179,47 +187,54 @@ class EvaluationDataset(Dataset):
         data_dir: str | Path,
         task: Task,
         split: str,
-        resolution: int,
+        resolution: int | None,
         protocol: str = "paper",
         streaming: bool = False,
     ):
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol '{protocol}'; protocols: {', '.join(PROTOCOLS)}")
-        self.size, self.protocol = (resolution, resolution), protocol
+        if protocol == "paper" and resolution is None:
+            raise UserError("protocol 'paper' scores whole images at the training resolution; use protocol 'native'")
+        self.size = None if resolution is None else (resolution, resolution)
+        self.protocol = protocol
         data, metadata = open_task_split(data_dir, task, task.target, split, labelled=True, streaming=streaming)
+        self.fingerprint = metadata.content or metadata.fingerprint
+        """Equal for equal images and labels."""
         self._label_table = label_table(metadata, task, task.target_label_map, "target_label_map")
         self._file_names, self._name = data["file_name"][:], f"{task.target}/{split}"
-        self._data = data.select_columns(["image", "label", "file_name"])
+        self._data = data.select_columns(["image", "label", "file_name", "condition", "sequence"])
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._data[index]
         try:
-            image, label = _decode_row(self._data[index], self._name)
+            image, label = _decode_row(row, self._name)
         except UndecodableImage as error:
             raise CorruptDataError(f"cannot be decoded: {error}; prepare the data again") from None
-        image = resize_image(image, self.size)
+        if self.size is not None:
+            image = resize_image(image, self.size)
         if self.protocol == "paper":
             label = resize_label(label, self.size)
         return {
             "image": _to_chw(np.asarray(image)),
             "label": torch.from_numpy(np.take(self._label_table, np.asarray(label))),
             "index": index,
+            "condition": row["condition"],
+            "sequence": row["sequence"],
         }
 
     def file_name(self, index: int) -> str:
         """Path of image `index` inside the raw dataset."""
         return self._file_names[index]
 
-    @staticmethod
-    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of samples: `image` stacked to (B, 3, R, R), `label` and `index` as lists (labels differ in size)."""
-        return {
-            "image": torch.stack([sample["image"] for sample in samples]),
-            "label": [sample["label"] for sample in samples],
-            "index": [sample["index"] for sample in samples],
-        }
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batch of samples: `image` stacked to (B, 3, R, R) where the images have one size, all others as lists."""
+        batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+        if self.size is not None:
+            batch["image"] = torch.stack(batch["image"])
+        return batch
 
 
 def open_task_split(

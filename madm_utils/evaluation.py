@@ -1,4 +1,4 @@
-"""The evaluation loop, shared by `eval_madm.py` and the validation of a running training."""
+"""The evaluation loop of all processes, and the validation of a running training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ from tqdm import tqdm
 from madm_utils.cli import UserError
 from madm_utils.datasets import EvaluationDataset
 from madm_utils.distributed import share_statistics
+from madm_utils.inference import finite, resized_rows
 from madm_utils.interruption import ignore_stop_signals
 from madm_utils.metrics import confusion_matrix, scores
 from madm_utils.modeling_madm import MADMModel
-from madm_utils.pipeline_madm import finite, resize_logits
 
 if TYPE_CHECKING:
     from train_madm import Run
@@ -66,27 +66,18 @@ def evaluate(
     batch_size: int = 1,
     num_images: int | None = None,
     num_workers: int = 0,
-    seen: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **progress: Any,
 ) -> np.ndarray | None:
-    """Run a model over labelled images. Collective: every process calls it, with equal arguments.
+    """Confusion matrix of a model over labelled images. Collective: every process calls it, with equal arguments.
 
-    Process r of n takes the batches r, r + n, r + 2n, ...: no image counts twice, every batch holds the same images
-    for any n (rounding depends on the batch), and the int64 sum does not depend on the order. A process whose batches
-    run out computes on without counting, because forward passes of a sharded model are collective too.
-
-    The model is left as it was: its modes, its running statistics and all random states are untouched.
+    The model is left as it was: its modes, its running statistics and all random states are untouched. Processes
+    without images of their own compute too, because forward passes of a sharded model are collective.
 
     Args:
         model: the student or teacher model itself, not the wrapper that `accelerator.prepare` puts around it.
-        dataset: labelled images.
-        batch_size: images per forward pass and process.
-        num_images: only the first so many; default: all.
-        num_workers: loader processes.
-        seen: called with index, image (3, R, R) uint8, label and prediction (h, w) of each image of this process.
-        stop: asked after every batch; as soon as it is true on one process all of them give up.
-        progress: of the progress bar (`tqdm`) of the main process.
+        dataset: labelled images, whole.
+        batch_size, num_images, num_workers, stop, progress: see `each_batch`.
 
     Returns:
         Confusion matrix over all processes, int64 (K+1, K+1), as `metrics.scores` takes it; None after `stop`.
@@ -95,32 +86,81 @@ def evaluate(
         UserError: an image that cannot be read, labels that are no class of the task, or an output that is not
             finite; on all processes.
     """
+    num_classes = model.task.num_classes
+    confusion = torch.zeros((num_classes + 1,) * 2, dtype=torch.int64, device=accelerator.device)
+
+    def count(batch: dict[str, Any], counted: bool) -> None:
+        with torch.no_grad(), accelerator.autocast():
+            logits = finite(model(batch["image"].to(accelerator.device) / 255).logits)
+        if not counted:
+            return
+        for label, index, one in zip(batch["label"], batch["index"], logits, strict=True):
+            prediction = resized_rows(one, tuple(label.shape), 0, len(label)).argmax(0)
+            confusion.add_(counted_pixels(prediction, label, num_classes, dataset.file_name(index)))
+
+    with evaluation_mode(model), main_statistics(model, accelerator):
+        if not each_batch(count, dataset, accelerator, batch_size, num_images, num_workers, stop, **progress):
+            return None
+    return accelerator.reduce(confusion, reduction="sum").cpu().numpy()
+
+
+def counted_pixels(prediction: Tensor, label: Tensor, num_classes: int, file_name: str) -> Tensor:
+    """`metrics.confusion_matrix` of one image on the device of the prediction; `UserError` names the file."""
+    try:
+        return confusion_matrix(prediction, label.to(prediction.device), num_classes)
+    except UserError as error:
+        raise UserError(f"{file_name}: {error}") from None
+
+
+def each_batch(
+    handle: Callable[[dict[str, Any], bool], None],
+    dataset: EvaluationDataset,
+    accelerator: Accelerator,
+    batch_size: int = 1,
+    num_images: int | None = None,
+    num_workers: int = 0,
+    stop: Callable[[], bool] | None = None,
+    **progress: Any,
+) -> bool:
+    """Let the processes share the batches of a dataset. Collective: every process calls it, with equal arguments.
+
+    Process r of n takes the batches r, r + n, r + 2n, ...: no image counts twice, every batch holds the same images
+    for any n (rounding depends on the batch). A process whose batches run out is handed another one that does not
+    count, so that all take part in what `handle` does together.
+
+    Args:
+        handle: called with a batch of `dataset.collate`, and whether it counts.
+        dataset: labelled images.
+        batch_size: images per batch.
+        num_images: only the first so many; default: all.
+        num_workers: loader processes.
+        stop: asked after every batch; as soon as it is true on one process all of them give up.
+        progress: of the progress bar (`tqdm`) of the main process.
+
+    Returns:
+        Whether all batches were handled; False after `stop`.
+
+    Raises:
+        UserError: of `handle` or of reading an image; on all processes.
+    """
     loader, counted = _share_of_process(dataset, accelerator, batch_size, num_images or len(dataset), num_workers)
-    confusion = torch.zeros((model.task.num_classes + 1,) * 2, dtype=torch.int64, device=accelerator.device)
     options = {"desc": "evaluate", "unit": "image", "disable": not accelerator.is_main_process, **progress}
-    with (
-        evaluation_mode(model),
-        main_statistics(model, accelerator),
-        tqdm(total=sum(map(len, counted)), **options) as bar,
-    ):
+    with tqdm(total=sum(map(len, counted)), **options) as bar:
         arriving = iter(loader)
         for position in range(len(loader)):
             problem = ""
             try:
-                batch = next(arriving)
-                with torch.no_grad(), accelerator.autocast():
-                    logits = finite(model(batch["image"].to(accelerator.device) / 255).logits)
+                handle(next(arriving), position < len(counted))
                 if position < len(counted):
-                    confusion += _count(logits, batch, dataset, model.task.num_classes, seen)
-                    bar.update(len(logits))
+                    bar.update(len(counted[position]))
             except UserError as error:
                 problem = str(error)
             status = _agree(_FAILED if problem else _STOP if stop is not None and stop() else _GO_ON, accelerator)
             if status == _FAILED:
                 raise UserError(next(filter(None, gather_object([problem]))))
             if status == _STOP:
-                return None
-    return accelerator.reduce(confusion, reduction="sum").cpu().numpy()
+                return False
+    return True
 
 
 def _share_of_process(
@@ -140,20 +180,6 @@ def _share_of_process(
         generator=torch.Generator(),  # a loader without its own draws from the one that training uses
     )
     return loader, mine
-
-
-def _count(logits: Tensor, batch: dict, dataset: EvaluationDataset, num_classes: int, seen: Callable | None) -> Tensor:
-    """Confusion matrix of one batch, (K+1, K+1); the class is chosen at the size of each label."""
-    confusion = torch.zeros((num_classes + 1,) * 2, dtype=torch.int64, device=logits.device)
-    for image, label, index, one in zip(batch["image"], batch["label"], batch["index"], logits, strict=True):
-        prediction = resize_logits(one, tuple(label.shape)).argmax(0)
-        try:
-            confusion += confusion_matrix(prediction, label.to(logits.device), num_classes)
-        except UserError as error:
-            raise UserError(f"{dataset.file_name(index)}: {error}") from None
-        if seen is not None:
-            seen(index, image, label, prediction)
-    return confusion
 
 
 def _agree(status: int, accelerator: Accelerator) -> int:

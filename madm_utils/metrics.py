@@ -48,6 +48,42 @@ def _check_ids(ids: torch.Tensor, num_classes: int, what: str, also: str) -> Non
         )
 
 
+def class_counts(confusion: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Pixels per class from a (K+1, K+1) confusion matrix: int64 (3, K), rows correct, labelled, predicted.
+
+    Ignored pixels are left out of all three. Every score here is a function of these counts, and they add up over
+    images, so that an image needs 3 x K numbers instead of its matrix.
+    """
+    matrix = np.asarray(confusion.cpu() if isinstance(confusion, torch.Tensor) else confusion)[:-1, :-1]
+    return np.stack([matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)]).astype(np.int64)
+
+
+def class_iou(counts: np.ndarray) -> np.ndarray:
+    """IoU in percent per class from counts (..., 3, K) -> (..., K); NaN for a class without labelled pixels."""
+    correct, labelled, predicted = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    return 100 * _ratio(correct, np.where(labelled > 0, labelled + predicted - correct, 0))
+
+
+def mean_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """`miou`, `macc`, `pacc` and `fwiou` (see `scores`) of counts (..., 3, K), each (...); NaN without labels."""
+    correct, labelled, predicted = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    iou, accuracy = np.nan_to_num(class_iou(counts)), np.nan_to_num(100 * _ratio(correct, labelled))
+    total = labelled.sum(-1)
+    seen = np.where(total > 0, np.count_nonzero(labelled + predicted, -1), 0)
+    return {
+        "miou": _ratio(iou.sum(-1), seen),
+        "macc": _ratio(accuracy.sum(-1), np.count_nonzero(labelled, -1)),
+        "pacc": 100 * _ratio(correct.sum(-1), total),
+        "fwiou": _ratio((iou * labelled).sum(-1), total),
+    }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, NaN where the whole is 0."""
+    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
 def scores(confusion: torch.Tensor | np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Compute the published scores, in percent, from the (K+1, K+1) matrix of `confusion_matrix`.
 
@@ -62,29 +98,26 @@ def scores(confusion: torch.Tensor | np.ndarray, class_names: Sequence[str]) -> 
 
     Without any labelled pixel all of them are `None`.
     """
-    matrix = np.asarray(confusion.cpu() if isinstance(confusion, torch.Tensor) else confusion).astype(np.float64)
-    classes = len(class_names)
-    if matrix.shape != (classes + 1, classes + 1):
-        raise ValueError(f"confusion matrix has shape {matrix.shape}; {classes} classes need {(classes + 1,) * 2}")
-    matrix = matrix[:classes, :classes]
-    true_positive, labelled, predicted = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
-    seen = labelled > 0
-    iou, acc = np.full(classes, np.nan), np.full(classes, np.nan)
-    iou[seen] = 100 * true_positive[seen] / (labelled + predicted - true_positive)[seen]
-    acc[seen] = 100 * true_positive[seen] / labelled[seen]
-    result: dict[str, Any] = {"miou": None, "macc": None, "pacc": None, "fwiou": None}
-    if seen.any():
-        result = {
-            "miou": float(iou[seen].sum() / np.count_nonzero(labelled + predicted)),
-            "macc": float(acc[seen].mean()),
-            "pacc": float(100 * true_positive.sum() / labelled.sum()),
-            "fwiou": float((iou[seen] * labelled[seen]).sum() / labelled.sum()),
-        }
+    size = (len(class_names) + 1,) * 2
+    if tuple(confusion.shape) != size:
+        raise ValueError(f"confusion matrix has shape {confusion.shape}; {len(class_names)} classes need {size}")
+    return count_scores(class_counts(confusion), class_names)
+
+
+def count_scores(counts: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """`scores` from counts (3, K) of `class_counts`."""
+    result: dict[str, Any] = {name: defined(value) for name, value in mean_scores(counts).items()}
+    accuracy = 100 * _ratio(counts[0], counts[1])
     result["per_class"] = {
-        name: {"iou": float(iou[k]), "acc": float(acc[k])} if seen[k] else {"iou": None, "acc": None}
-        for k, name in enumerate(class_names)
+        name: {"iou": defined(iou), "acc": defined(acc)}
+        for name, iou, acc in zip(class_names, class_iou(counts), accuracy, strict=True)
     }
     return result
+
+
+def defined(value: float) -> float | None:
+    """`value` as JSON has it: `None` for NaN."""
+    return None if np.isnan(value) else float(value)
 
 
 def format_scores(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from madm_utils.calibration import BINS, calibration_counts, calibration_error
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import STREET_CLASSES, STREET_CLASSES_WITHOUT_WALL_AND_FENCE
 from madm_utils.metrics import confusion_matrix, format_scores, scores
@@ -61,17 +62,36 @@ def test_matrix_equals_slow_loop():
 
 def test_equals_torchmetrics_when_every_class_occurs():
     # torchmetrics writes to the terminal's settings at import, so it is imported here only.
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+    from torchmetrics.functional import classification as oracle
 
     names = [f"class {k}" for k in range(9)]
     pred, label = random_maps(9, seed=1)
-    result = scores(confusion_matrix(pred, label, 9), names)
-    iou = 100 * multiclass_jaccard_index(pred, label, 9, average=None, ignore_index=255)
-    acc = 100 * multiclass_accuracy(pred, label, 9, average=None, ignore_index=255)
+    confusion = confusion_matrix(pred, label, 9)
+    expected = oracle.multiclass_confusion_matrix(pred, label, 9, ignore_index=255)  # rows are labels there
+    assert torch.equal(confusion[:9, :9], expected.T)
+    result = scores(confusion, names)
+    iou = 100 * oracle.multiclass_jaccard_index(pred, label, 9, average=None, ignore_index=255)
+    acc = 100 * oracle.multiclass_accuracy(pred, label, 9, average=None, ignore_index=255)
     np.testing.assert_allclose([result["per_class"][n]["iou"] for n in names], iou, atol=1e-4)
     np.testing.assert_allclose([result["per_class"][n]["acc"] for n in names], acc, atol=1e-4)
     assert result["miou"] == pytest.approx(float(iou.mean()), abs=1e-4)
     assert result["macc"] == pytest.approx(float(acc.mean()), abs=1e-4)
+
+
+def test_calibration_error_equals_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn((3, 6, 20, 30), generator=generator)
+    label = torch.randint(0, 6, (3, 20, 30), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < 0.2] = 255
+    confidence, prediction = logits.softmax(1).max(1)
+    counts = sum(calibration_counts(*maps) for maps in zip(confidence, prediction, label, strict=True))
+    valid = label != 255
+    rows = logits.movedim(1, -1)[valid].softmax(-1)
+    expected = multiclass_calibration_error(rows, label[valid], 6, n_bins=BINS, norm="l1")
+    assert calibration_error(counts.numpy()) == pytest.approx(100 * float(expected), abs=1e-4)
+    assert counts[0].sum() == valid.sum() and counts[1].sum() == (prediction == label)[valid].sum()
 
 
 def test_matrices_of_parts_sum_to_the_whole():

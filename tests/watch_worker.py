@@ -17,7 +17,7 @@ from accelerate.utils import ProjectConfiguration
 
 from madm_utils.cli import UserError
 from madm_utils.datasets import EvaluationDataset
-from madm_utils.evaluation import evaluate
+from madm_utils.evaluation import each_batch, evaluate
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.tracking import TrainingLog
 
@@ -60,10 +60,13 @@ variances = [buffer for name, buffer in model.segmenter.named_buffers() if "var"
 own = [buffer.uniform_(1, 2).clone() if rank else buffer.clone() for buffer in variances]
 indices = []
 for batch_size in (2, 8):  # 3 and 1 batches: never as many for both
-    indices.append([])
-    confusion = evaluate(
-        model, dataset, accelerator, batch_size, seen=lambda index, *_: indices[-1].append(index), disable=True
-    )
+    counted = []
+    each_batch(
+        lambda batch, counts, to=counted: to.extend(batch["index"] if counts else ()),
+        dataset, accelerator, batch_size, disable=True,
+    )  # fmt: skip
+    indices.append(counted)
+    confusion = evaluate(model, dataset, accelerator, batch_size, disable=True)
     report[f"confusion {batch_size}"] = confusion.tolist()
 report["indices"] = indices
 report["statistics"] = all(map(torch.equal, own, variances))

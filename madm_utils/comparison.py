@@ -1,0 +1,247 @@
+"""Several evaluated models beside each other: one dictionary, and the tables made from it."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from madm_utils.bootstrap import LEVEL, paired_difference
+from madm_utils.cli import UserError
+from madm_utils.evaluated_models import EvaluatedModel, folder_name
+from madm_utils.measurement import Measurement
+from madm_utils.metrics import mean_scores
+
+COLUMNS = {
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "pacc": "pAcc",
+    "fwiou": "fwIoU",
+    "boundary_iou": "boundary IoU",
+    "ece": "ECE",
+}
+"""Key of a score -> its name in tables, in their order."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model, what was measured of it, and what is written about it."""
+
+    model: EvaluatedModel
+    measurement: Measurement
+    metrics: dict[str, Any]
+    """What `metrics.json` holds."""
+    data: str
+    """Equal for equal images and labels."""
+    spread: frozenset[int] = frozenset()
+    """Images of which `pictures/` is made."""
+
+    def comparable(self, other: "Evaluation") -> bool:
+        """Whether both are scored on the same pixels for the same classes, image by image."""
+        same = [
+            (e.data, e.metrics["protocol"], e.metrics["num_images"], e.model.task.class_names, e.model.task.target,
+             e.model.task.target_label_map)
+            for e in (self, other)
+        ]  # fmt: skip
+        return same[0] == same[1]
+
+
+def check_classes(models: Sequence[EvaluatedModel], classes: Sequence[str]) -> None:
+    """Raise `UserError` unless all models know the classes that a comparison is about."""
+    for model in models:
+        unknown = [name for name in classes if name not in model.task.class_names]
+        if unknown:
+            shared = [name for name in models[0].task.class_names if all(name in m.task.class_names for m in models)]
+            raise UserError(
+                f"--classes: {model.name} (task {model.task.name}) has no class {', '.join(map(repr, unknown))}; "
+                f"classes of all models: {', '.join(shared) or 'none'}"
+            )
+
+
+def compare(evaluations: Sequence[Evaluation], classes: Sequence[str] = ()) -> dict[str, Any]:
+    """What `comparison.json` holds: a row per model, IoU per class and per condition, in percent.
+
+    Args:
+        evaluations: the first one is what the others are compared with.
+        classes: only these, with the mean of their IoUs as a further score `classes_miou`; default: all.
+    """
+    names = list(classes) or list(dict.fromkeys(name for e in evaluations for name in e.metrics["class_names"]))
+    per_class = {
+        name: {e.model.name: e.metrics["per_class"].get(name, {}).get("iou") for e in evaluations} for name in names
+    }
+    return {
+        "models": [_row(e, evaluations[0], classes, per_class) for e in evaluations],
+        "level": LEVEL,
+        "classes": names,
+        "chosen_classes": list(classes),
+        "same_classes": len({e.model.task.class_names for e in evaluations}) == 1,
+        "per_class": per_class,
+        "conditions": _condition_tables(evaluations),
+    }
+
+
+def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str], per_class: dict) -> dict[str, Any]:
+    metrics = evaluation.metrics
+    values = {**metrics, "boundary_iou": metrics["boundary_iou"]["miou"], "ece": metrics["calibration"]["ece"]}
+    intervals = metrics["confidence_intervals"]
+    row = {
+        "name": evaluation.model.name,
+        "folder": folder_name(evaluation.model),
+        "model": list(evaluation.model.paths),
+        **{key: metrics[key] for key in ("task", "split", "protocol", "num_images")},
+        "dataset": evaluation.model.task.target,
+        **{key: values[key] for key in COLUMNS},
+        "confidence_intervals": {key: intervals[key] for key in COLUMNS},
+        "difference": None,
+    }
+    if evaluation is not first and evaluation.comparable(first):
+        pixels = (first.measurement.stacked("pixels"), evaluation.measurement.stacked("pixels"))
+        row["difference"] = paired_difference(lambda counts: mean_scores(counts)["miou"], *pixels)
+    if classes:
+        known = [per_class[name][evaluation.model.name] for name in classes]
+        known = [value for value in known if value is not None]
+        row["classes_miou"] = sum(known) / len(known) if known else None
+    return row
+
+
+def _condition_tables(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """One table per dataset that has conditions: mIoU of each model on the images of each."""
+    tables: dict[str, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        found = evaluation.metrics["conditions"]
+        if found is None:
+            continue
+        key = f"{evaluation.model.task.target} {evaluation.metrics['split']}"
+        table = tables.setdefault(key, {"dataset": key, "column": found["column"], "groups": {}})
+        for name, scores in found["groups"].items():
+            group = table["groups"].setdefault(name, {"num_images": scores["num_images"], "miou": {}})
+            group["miou"][evaluation.model.name] = scores["miou"]
+    return list(tables.values())
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Two digits after the point, `-` for what is not defined."""
+    return "-" if value is None else format(value, f"{sign}.2f")
+
+
+def with_interval(value: float | None, bounds: Sequence[float] | None, sign: str = "") -> str:
+    """e.g. `53.49 [51.20, 55.61]`."""
+    if value is None or bounds is None:
+        return number(value, sign)
+    return f"{number(value, sign)} [{', '.join(number(bound, sign) for bound in bounds)}]"
+
+
+def score_table(comparison: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per model."""
+    several = len(comparison["models"]) > 1
+    chosen = [f"mIoU of {len(comparison['chosen_classes'])} classes"] if comparison["chosen_classes"] else []
+    difference = [f"mIoU - {comparison['models'][0]['name']}"] if several else []
+    table = [["model", "task", "images", "mIoU", *difference, *chosen, *list(COLUMNS.values())[1:]]]
+    for k, row in enumerate(comparison["models"]):
+        paired = row["difference"]
+        shown = with_interval(paired["difference"], paired["interval"], "+") if paired else "" if k == 0 else "-"
+        table.append(
+            [
+                row["name"], row["task"], str(row["num_images"]),
+                with_interval(row["miou"], row["confidence_intervals"]["miou"]),
+                *([shown] if several else []), *([number(row["classes_miou"])] if chosen else []),
+                *(number(row[key]) for key in list(COLUMNS)[1:]),
+            ]
+        )  # fmt: skip
+    return table
+
+
+def class_table(comparison: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per class."""
+    names = [row["name"] for row in comparison["models"]]
+    rows = [[name, *(number(ious[model]) for model in names)] for name, ious in comparison["per_class"].items()]
+    return [["IoU", *names], *rows]
+
+
+def condition_tables(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Title -> header and one row per condition."""
+    names = [row["name"] for row in comparison["models"]]
+    return {
+        f"mIoU by {table['column']}, {table['dataset']}": [
+            [table["column"], "images", *names],
+            *(
+                [name, str(group["num_images"]), *(number(group["miou"].get(model)) for model in names)]
+                for name, group in table["groups"].items()
+            ),
+        ]
+        for table in comparison["conditions"]
+    }
+
+
+def notes(comparison: dict[str, Any]) -> list[str]:
+    """What a reader of the tables has to know."""
+    lines = [f"All numbers in percent; in brackets the {comparison['level']:g} % interval of a bootstrap over images."]
+    if any(row["difference"] for row in comparison["models"]):
+        lines.append("The difference to the first model is paired: both on the same resampled images.")
+    if any(row["difference"] is None for row in comparison["models"][1:]):
+        lines.append("No difference (-) where images, labels or classes are not those of the first model.")
+    if not comparison["same_classes"]:
+        lines.append("The models know different classes, so their means are not of the same things; IoU per class is.")
+    return lines
+
+
+def to_text(comparison: dict[str, Any]) -> str:
+    """The tables for a screen."""
+    parts = [aligned(score_table(comparison)), aligned(class_table(comparison))]
+    parts += [f"{title}\n{aligned(table)}" for title, table in condition_tables(comparison).items()]
+    return "\n\n".join([*parts, "\n".join(notes(comparison))])
+
+
+def to_markdown(comparison: dict[str, Any]) -> str:
+    """The tables as a Markdown document."""
+    titled = {"Scores": score_table(comparison), "IoU per class": class_table(comparison)}
+    titled |= condition_tables(comparison)
+    lines = ["# Comparison of models", "", *notes(comparison)]
+    for title, (header, *rows) in titled.items():
+        lines += ["", f"## {title}", "", _cells(header), "|" + "---|" * len(header), *map(_cells, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(comparison: dict[str, Any]) -> str:
+    """One line per model with everything that `to_markdown` shows; what is not defined is empty."""
+    rows = [_flat(row, comparison) for row in comparison["models"]]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _flat(row: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: row[key] for key in ("name", "task", "dataset", "split", "protocol", "num_images")}
+    difference = row["difference"] or {"difference": None, "interval": None}
+    bounded = {key: (row[key], row["confidence_intervals"][key]) for key in COLUMNS}
+    bounded["miou_difference"] = (difference["difference"], difference["interval"])
+    for key, (value, bounds) in bounded.items():
+        flat[key] = value
+        flat[f"{key}_low"], flat[f"{key}_high"] = bounds or (None, None)
+    if comparison["chosen_classes"]:
+        flat["classes_miou"] = row["classes_miou"]
+    for name, ious in comparison["per_class"].items():
+        flat[f"iou {name}"] = ious[row["name"]]
+    for table in comparison["conditions"]:
+        for name, group in table["groups"].items():
+            flat[f"miou {table['dataset']} {name}"] = group["miou"].get(row["name"])
+    return flat
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """A table in columns, the first to the left and the others to the right."""
+    widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(row: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
