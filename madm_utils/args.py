@@ -23,7 +23,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.help or ""
-        if action.default not in (None, argparse.SUPPRESS, False) and "%(default)" not in shown:
+        if action.default not in (None, argparse.SUPPRESS, False, ()) and "%(default)" not in shown:
             shown += " [%(default)s]"
         return shown
 

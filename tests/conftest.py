@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Files that take minutes, longest first: with two workers, one that starts late would run alone at the end.
 SLOW = ("reference_parity", "resume", "engines", "train_madm", "distributed", "several_tasks", "hub", "standalone",
-        "demo_app", "eval_madm", "predict_madm", "original_checkpoint")  # fmt: skip
+        "demo_app", "eval_madm", "export_madm", "predict_madm", "original_checkpoint", "report")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

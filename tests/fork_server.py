@@ -33,15 +33,19 @@ class ForkServer:
         return json.loads(self._server.stdout.readline())
 
     def start(self, setup, flags: list[str], log: Path) -> list["Forked"]:
+        return self.group("train_madm.py", setup.processes, flags, str(log), str(log))
+
+    def group(self, script: str, processes: int, flags: list[str], out: str, err: str) -> list["Forked"]:
+        """Start the processes of one run, as a launcher does."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         started = []
-        for rank in range(setup.processes):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setup.processes}
+        for rank in range(processes):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in environment.items()} if setup.processes > 1 else {}
-            started.append(self.fork("train_madm.py", flags, str(log), str(log), environment))
+            environment = {key: str(value) for key, value in environment.items()} if processes > 1 else {}
+            started.append(self.fork(script, flags, out, err, environment))
         return started
 
     def fork(self, script: str, flags: list[str], out: str, err: str, environment: dict[str, str]) -> "Forked":
@@ -77,14 +81,15 @@ def _shared_server() -> ForkServer:
     return server
 
 
-def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
+def run_script(script: str, *flags: object, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a script of the repository to its end, as `subprocess.run` with captured text does."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch()
         err.touch()
         flags = [str(flag) for flag in flags]
-        code = _shared_server().fork(script, flags, str(out), str(err), {}).wait()
+        started = _shared_server().group(script, processes, flags, str(out), str(err))
+        code = max(abs(process.wait()) for process in started)
         return subprocess.CompletedProcess([script, *flags], code, out.read_text(), err.read_text())
 
 

@@ -65,7 +65,9 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
-        """By `user/name`, datasets by `datasets/user/name`."""
+        """By `user/name`, datasets by `datasets/user/name`, Spaces by `spaces/user/name`."""
+        self.variables: dict[str, dict[str, str]] = {}
+        """Variables of the Spaces, by the same names."""
         self.ranges: list[tuple[str, int]] = []
         """File and number of bytes of every answer to a range request."""
         self.objects: dict[str, bytes] = {}
@@ -185,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token != WRITE_TOKEN or not name.startswith(f"{USER}/"):
             self._json({"error": "You don't have the rights to create a model under this namespace"}, 403)
             return
-        key = f"datasets/{name}" if wanted.get("type") == "dataset" else name
+        key = f"{wanted['type']}s/{name}" if wanted.get("type") in ("dataset", "space") else name
         with self.server.lock:
             exists = key in self.server.repos
             if not exists:
@@ -196,8 +198,14 @@ class _Handler(BaseHTTPRequestHandler):
         if (repo := self._repo(name)) and (found := self._files(repo, revision)) is not None:
             files = [{"rfilename": path} for path in found]
             sha = revision if revision in repo.earlier else repo.sha
-            answer = {"id": name.removeprefix("datasets/"), "sha": sha, "private": repo.private, "siblings": files}
+            answer = {"id": "/".join(name.split("/")[-2:]), "sha": sha, "private": repo.private, "siblings": files}
             self._json(answer)
+
+    def set_variable(self, body: bytes, name: str) -> None:
+        if self._repo(name, write=True):
+            wanted = json.loads(body)
+            self.server.variables.setdefault(name, {})[wanted["key"]] = wanted["value"]
+            self._json({wanted["key"]: {"key": wanted["key"], "value": wanted["value"]}})
 
     def tree(self, _: bytes, name: str, revision: str, folder: str | None = None) -> None:
         if not (repo := self._repo(name)) or (files := self._files(repo, revision)) is None:
@@ -312,13 +320,14 @@ class _Handler(BaseHTTPRequestHandler):
         return files
 
 
-_NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
-_API = r"/api/(?:models/|(?=datasets/))"  # the kind of a dataset stays in its name
+_NAME = r"((?:datasets/|spaces/)?[\w.-]+/[\w.-]+)"
+_API = r"/api/(?:models/|(?=datasets/|spaces/))"  # the kind of a dataset or Space stays in its name
 _ROUTES = (
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.check_card),
     (rf"GET {_API}{_NAME}(?:/revision/([\w.-]+))?", _Handler.info),
     (rf"GET {_API}{_NAME}/tree/([\w.-]+)(?:/(.+))?", _Handler.tree),
+    (rf"POST {_API}{_NAME}/variables", _Handler.set_variable),
     (rf"POST {_API}{_NAME}/preupload/main", _Handler.preupload),
     (rf"POST {_API}{_NAME}/commit/main", _Handler.commit),
     (rf"POST /{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),

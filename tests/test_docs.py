@@ -9,6 +9,7 @@ import yaml
 
 import convert_original_madm
 import eval_madm
+import export_madm
 import predict_madm
 from madm_utils.args import parse_train_args, train_parser
 from madm_utils.prepare_args import parse_prepare_args
@@ -22,6 +23,7 @@ PARSERS = {
     "predict_madm.py": predict_madm.parse_args,
     "prepare_datasets.py": lambda flags: parse_prepare_args("", flags),
     "convert_original_madm.py": convert_original_madm.parse_args,
+    "export_madm.py": export_madm.parse_args,
 }
 VARIABLES = {"TASK": "cityscapes_to_deliver_depth", "RAW": "raw", "DATA": "data", "OUT": "out"} | {
     "SLURM_ARRAY_TASK_ID": "3"
@@ -50,7 +52,7 @@ def test_command_parses(page, script, flags, tmp_path, monkeypatch):
 
 
 def test_commands_are_found():
-    """All five scripts are shown, in more than one place."""
+    """All six scripts are shown, in more than one place."""
     assert {script for _, script, _ in commands()} == set(PARSERS)
     assert len(commands()) >= 15
 

@@ -191,7 +191,7 @@ def test_conversion_script_and_reload(converted, inputs, golden, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     saved = sorted(p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*.*"))
-    assert all(p.endswith((".safetensors", ".json", ".md")) for p in saved)
+    assert all(p.endswith((".safetensors", ".json", ".md", ".py")) for p in saved)
     with torch.no_grad():
         for weights, key, stride in (("student", "logits_s4_0", 4), ("teacher", "ema_logits_s8_t0_0", 8)):
             model = MADMModel.from_pretrained(tmp_path / "model", weights=weights)

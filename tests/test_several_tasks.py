@@ -1,7 +1,6 @@
 """Several target modalities in one run: each adapter ends as if it had been trained alone, and they swap by name."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -52,9 +51,8 @@ def test_an_adapter_trained_beside_another_equals_one_trained_alone(together, da
 
 def test_two_processes_give_the_same_adapters_as_one_task_alone(data, tmp_path):  # noqa: F811
     """Two DDP wrappers around one UNet, whose adapters take turns."""
-    pair = {"launcher": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
-    done = script("train_madm.py", *train_flags(data, tmp_path / "both", *BOTH), **pair)
-    script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"), **pair)
+    done = script("train_madm.py", *train_flags(data, tmp_path / "both", *BOTH), processes=2)
+    script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"), processes=2)
     assert "2 x cpu" in done.stdout
     assert files(tmp_path / "alone/checkpoint-2") == files(tmp_path / "both/checkpoint-2/depth")
 

@@ -33,7 +33,9 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 PYTHON = (sys.executable,)
 
 
-def script(name: str, *flags, check: bool = True, launcher: tuple = ()) -> subprocess.CompletedProcess:
+def script(
+    name: str, *flags, check: bool = True, launcher: tuple = (), processes: int = 1
+) -> subprocess.CompletedProcess:
     """Run a script of the repository, by default forked from a process that has the libraries imported.
 
     Args:
@@ -41,12 +43,13 @@ def script(name: str, *flags, check: bool = True, launcher: tuple = ()) -> subpr
         flags: of its command line.
         check: expect success.
         launcher: start it with this command instead, e.g. `PYTHON`.
+        processes: how many, without a launcher.
     """
     if launcher:
         command = [*launcher, str(ROOT / name), *map(str, flags)]
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     else:
-        done = run_script(name, *flags)
+        done = run_script(name, *flags, processes=processes)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
