@@ -1,162 +1,311 @@
 #!/usr/bin/env python
-"""Segment an image, or every image in a folder and its sub-folders, with a trained model.
+"""Segment an image, or every image in a folder and its sub-folders, with a trained model or several.
 
     python predict_madm.py --model_path outputs/depth --input photos --output_dir predictions
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml predict_madm.py ...
+
+With `accelerate launch` every process, on one machine or many, takes a share of the images.
 
 For each `sub/street.png` the output folder gets, in the size of the input,
 
-    sub/street_label.png     class ids, 8 bit
-    sub/street_color.png     the colours of the classes
-    sub/street_overlay.png   the colours over the image
+    sub/street_label.png        class ids, 8 bit
+    sub/street_color.png        the colours of the classes
+    sub/street_overlay.png      the colours over the image
+    sub/street_confidence.png   with --save_confidence: probability of the predicted class, 255 is 1
 
-and once `legend.json`: class id -> name and colour. An image that cannot be read is reported, the others are still
-done, and the exit code is 1.
+and once `legend.json` (class id -> name and colour) and `summary.json` (counts, failures and why, settings, versions).
+Folders may be local, on the Hub (hf://datasets/user/name/folder), or anything that fsspec reads and writes (s3://...).
+
+Images that are done already, with the same model and settings, are skipped: after an interruption, give the same
+command again. An image that cannot be read is reported, the others are still done, and the exit code is 1.
 """
 
 import argparse
-import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from madm_utils.args import add_inference_arguments, formatter, fraction
+from madm_utils.args import add_inference_arguments, formatter, fraction, inference_settings
 from madm_utils.cli import UserError, run
-from madm_utils.files import check_writable, replacing
+from madm_utils.interruption import StopSignals
+from madm_utils.prediction_files import (
+    LEGEND_FILE,
+    SUFFIXES,
+    SUMMARY_FILE,
+    Job,
+    Picture,
+    check_same_settings,
+    is_done,
+    legend,
+    model_digest,
+    plan_outputs,
+    prediction_files,
+    settings_digest,
+    write_json,
+)
+from madm_utils.prediction_report import Processes, Report
+from madm_utils.prediction_streams import Writer, read_ahead
+from madm_utils.storage import HubStorage, Storage, open_input, open_output, open_storage
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+    from madm_utils.inference import Prediction, Predictor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+CHECKS_AT_ONCE = 16
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add_inference_arguments(parser)
+    add_inference_arguments(parser, "several are an ensemble: their probabilities are averaged")
     group = parser.add_argument_group("input and output")
     group.add_argument(
-        "--input", required=True, type=Path, metavar="FILE_OR_DIR",
-        help=f"an image, or a folder that is searched for {' '.join(SUFFIXES)}",
+        "--input", required=True, metavar="FILE_OR_DIR",
+        help=f"an image, or a folder that is searched for {' '.join(SUFFIXES)}; local, hf://datasets/user/name/folder,"
+        " or another address that fsspec reads; a web address (https://) is one image",
     )  # fmt: skip
-    group.add_argument("--output_dir", required=True, type=Path, help="folder for the predictions")
+    group.add_argument(
+        "--output_dir",
+        required=True,
+        help="folder for the predictions, local or such an address; it may be inside the input",
+    )
+    group.add_argument("--overwrite", action="store_true", help="predict all images, also those that are done already")
     group.add_argument(
         "--overlay_alpha", type=fraction, default=0.5, metavar="A", help="share of the colour in the overlay, 0..1"
     )
+    group.add_argument(
+        "--save_confidence", action="store_true",
+        help="write the probability of the predicted class, too: 8-bit grey, round(255 * p)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict as the command line says; returns the exit code."""
     args = parse_args(argv)
-    outputs = plan_outputs(args.input, args.output_dir)
+    if "://" not in args.input and not Path(args.input).exists():
+        raise UserError(f"--input {args.input}: no such file or folder")
 
-    from tqdm import tqdm
-
-    from madm_utils.pipeline_madm import MADMPipeline, inference_accelerator, read_image
-
-    accelerator = inference_accelerator(args.mixed_precision)
-    pipe = MADMPipeline.from_pretrained(
-        args.model_path,
-        weights=args.weights,
-        device=accelerator.device,
-        base=args.pretrained_model_name_or_path,
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    failed: list[str] = []
-    files = list(outputs)
-    with tqdm(total=len(files), desc="predict", unit="image") as progress:
-        for start in range(0, len(files), args.batch_size):
-            batch: dict[Path, Image.Image] = {}
-            for file in files[start : start + args.batch_size]:
-                try:
-                    batch[file] = read_image(file)
-                except UserError as error:
-                    failed.append(str(error))
-                    progress.write(f"error: {error}", file=sys.stderr)
-            with accelerator.autocast():
-                label_maps = pipe(list(batch.values()), batch_size=args.batch_size).label_maps
-            for (file, image), label_map in zip(batch.items(), label_maps, strict=True):
-                write_prediction(outputs[file], image, label_map, pipe.palette, args.overlay_alpha)
-            progress.update(min(args.batch_size, len(files) - start))
-    write_legend(args.output_dir / "legend.json", pipe.class_names, pipe.palette)
-    print(f"{len(files) - len(failed)} of {len(files)} images predicted: {args.output_dir}")
-    if failed:
-        print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def plan_outputs(source: Path, output_dir: Path) -> dict[Path, Path]:
-    """Map every input image to its output path without the ending, e.g. `predictions/sub/street`.
-
-    Earlier predictions are no inputs: an output folder inside the input folder is not searched.
-
-    Raises:
-        UserError: no such input, no images, an output folder that cannot be used, or two inputs that would write the
-            same files.
-    """
-    check_writable(output_dir)
-    if source.is_file():
-        return {source: output_dir / source.stem}
-    if not source.is_dir():
-        raise UserError(f"--input {source}: no such file or folder")
-    own = output_dir.resolve()
-    if own == source.resolve():
-        raise UserError(
-            f"--output_dir {output_dir} is the input folder: the next run would take its predictions for images; "
-            "give another folder (one inside the input folder will do)"
-        )
-    files = sorted(
-        path for path in source.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        and own not in path.resolve().parents
-    )  # fmt: skip
-    if not files:
-        raise UserError(f"--input {source} holds no images; looked for {' '.join(SUFFIXES)} in it and its sub-folders")
-    outputs = {path: output_dir / path.relative_to(source).with_suffix("") for path in files}
-    count = Counter(outputs.values())
-    twice = [str(path) for path, output in outputs.items() if count[output] > 1]
-    if twice:
-        raise UserError(
-            f"{', '.join(twice)} differ in their ending only, so their predictions would have the same names; rename "
-            "them or predict them into separate folders"
-        )
-    return outputs
-
-
-def write_prediction(
-    output: Path,
-    image: "Image.Image",
-    label_map: "np.ndarray",
-    palette: tuple[tuple[int, int, int], ...],
-    overlay_alpha: float,
-) -> None:
-    """Write the three pictures of one image, `output` being their common path without the ending."""
-    import numpy as np
     from PIL import Image
 
-    from madm_utils.visualization import colorize, overlay
+    from madm_utils.pipeline_madm import inference_accelerator
 
-    color = colorize(label_map, palette)
-    pictures = {"label": label_map, "color": color, "overlay": overlay(np.asarray(image), color, overlay_alpha)}
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for kind, pixels in pictures.items():
-            with replacing(output.with_name(f"{output.name}_{kind}.png")) as temporary:
-                Image.fromarray(pixels).save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent} ({error}); free some space or give another folder") from None
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice its limit is an error, which is reported
+    accelerator = inference_accelerator(args.mixed_precision)
+    processes = Processes(accelerator)
+    target = open_output(args.output_dir, processes.count)
+    plan = processes.from_main(lambda: make_plan(args, target))
+    report = Report()
+    if plan.jobs:
+        predictor, class_names, palette = load(args, accelerator.device)
+        if processes.is_main:
+            write_json(target, LEGEND_FILE, legend(class_names, palette))
+            write_summary(target, plan, args, {"status": "running"})
+        with accelerator.autocast():
+            report = predict(plan, args, target, predictor, palette, processes)
+        report = processes.gather(report)
+    # The report of the main process has it all. Another code would make a launcher end that process at once.
+    code = 0
+    if processes.is_main or report.missing:
+        code = report.tell(plan.skipped, str(target), processes.name() if report.missing else "")
+    if processes.is_main:
+        try:
+            write_summary(target, plan, args, report.as_dict())
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = code or 1
+    processes.leave()
+    return code
 
 
-def write_legend(path: Path, class_names: tuple[str, ...], palette: tuple[tuple[int, int, int], ...]) -> None:
-    """Write class id -> name and RGB colour as JSON."""
-    legend = {
-        k: {"name": name, "color": list(color)}
-        for k, (name, color) in enumerate(zip(class_names, palette, strict=True))
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, the same in all processes."""
+
+    source: str
+    """Folder of the images."""
+    jobs: list[Job]
+    skipped: int
+    """Images that are done already."""
+    settings: dict[str, Any]
+    """All that decides about the result, beside the image."""
+    digest: str
+    """Of `settings`."""
+
+
+def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
+    """Find the images, and which of them are done.
+
+    Raises:
+        UserError: no such input, no images, no model, or an output folder that cannot be used.
+    """
+    if isinstance(target, HubStorage):
+        target.check_writable()
+    source, files = open_input(args.input, "--input")
+    outputs = plan_outputs(source, files, target)
+    settings = describe_settings(args)
+    there = target.files()
+    if not args.overwrite:
+        check_same_settings(target, there, settings)
+    digest = settings_digest(settings)
+
+    def done(name: str) -> bool:
+        return is_done(outputs[name], digest, source, name, files[name], target, there)
+
+    skip: set[str] = set()
+    if not args.overwrite:
+        with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+            skip = {name for name, known in zip(outputs, pool.map(done, outputs), strict=True) if known}
+    jobs = [Job(name, output, f"{output}_label.png" in there) for name, output in outputs.items() if name not in skip]
+    return Plan(str(source), jobs, len(skip), settings, digest)
+
+
+def describe_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that decides about the result of an image. The number of processes does not, nor where the base model lies:
+    the models know which one it has to be."""
+    from madm_utils.base_model import local_folder
+    from madm_utils.modeling_madm import CONFIG_NAME, adapter_folders
+
+    digests = []
+    for path in args.model_path:
+        folders = adapter_folders(path)
+        if len(folders) > 1:
+            raise UserError(
+                f"--model_path {path} holds models for {', '.join(folders)}; give one of them: "
+                f"{', '.join(map(str, folders.values()))}"
+            )
+        folder = next(iter(folders.values()), None) or local_folder(path, expected=CONFIG_NAME)
+        digests.append(model_digest(folder, args.weights))
+    settings = inference_settings(args)
+    return {
+        "models": digests,
+        "weights": args.weights,
+        "mixed_precision": args.mixed_precision,
+        "window": settings.window,
+        "stride": settings.stride,
+        "flip": settings.flip,
+        "scales": settings.scales,
+        "overlay_alpha": args.overlay_alpha,
+        "save_confidence": args.save_confidence,
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(legend, indent=2) + "\n", encoding="utf-8")
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace, device: Any) -> tuple["Predictor", Sequence[str], Sequence[tuple[int, int, int]]]:
+    """Load the model, or the ensemble; returns the predictor, the names and the colours of the classes."""
+    from madm_utils.pipeline_madm import MADMPipeline
+
+    first, *others = (
+        MADMPipeline.from_pretrained(path, args.weights, device=device, base=args.pretrained_model_name_or_path)
+        for path in args.model_path
+    )
+    return first.predictor(inference_settings(args), others, args.batch_size), first.class_names, first.palette
+
+
+def predict(
+    plan: Plan,
+    args: argparse.Namespace,
+    target: Storage,
+    predictor: "Predictor",
+    palette: Sequence[tuple[int, int, int]],
+    processes: Processes,
+) -> Report:
+    """Predict this process's share of the images until it is done, or a signal or the output folder ends it."""
+    from tqdm import tqdm
+
+    jobs = plan.jobs[processes.index :: processes.count]  # interleaved: neighbours tend to be of one size
+    report = Report(planned=len(jobs))
+    name = f"predict ({processes.name()})" if processes.count > 1 else "predict"
+    threads = processes.threads()
+    with (
+        StopSignals() as stop,
+        ThreadPoolExecutor(threads) as readers,
+        tqdm(total=len(jobs), desc=name, unit="image", disable=not processes.is_main) as progress,
+        Writer(target, threads, report, progress) as writer,
+    ):
+        source = open_storage(plan.source, "--input")
+        with closing(read_ahead(source, jobs, readers, args.batch_size + threads)) as ahead:
+            pictures = takewhile(lambda _: not (stop.received or report.stopped), ahead)
+            for batch in batches(pictures, args.batch_size, writer):
+                for job, picture, prediction in segment(predictor, batch, args.save_confidence, source, writer):
+                    label_map = prediction.label_map.cpu().numpy()
+                    confidence = prediction.confidence.cpu().numpy() if args.save_confidence else None
+                    make = partial(
+                        prediction_files, job.output, plan.digest, picture, label_map, palette, args.overlay_alpha,
+                        confidence,
+                    )  # fmt: skip
+                    writer.write(job, label_map.size, make)
+        report.interrupted = stop.received or 0
+    return report
+
+
+def batches(
+    pictures: Iterable[tuple[Job, Picture | UserError]], size: int, writer: Writer
+) -> Iterator[list[tuple[Job, Picture]]]:
+    """Readable images, `size` at a time."""
+    batch: list[tuple[Job, Picture]] = []
+    for job, picture in pictures:
+        if isinstance(picture, UserError):
+            writer.fail(job, str(picture))
+        else:
+            batch.append((job, picture))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def segment(
+    predictor: "Predictor", batch: list[tuple[Job, Picture]], confidence: bool, source: Storage, writer: Writer
+) -> Iterator[tuple[Job, Picture, "Prediction"]]:
+    """Predictions of a batch; when it fails, each image alone, so that one does not take the others with it."""
+    import torch
+
+    try:
+        predictions = predictor([picture.pixels for _, picture in batch], confidence=confidence)
+    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+        if len(batch) > 1:
+            for one in batch:
+                yield from segment(predictor, [one], confidence, source, writer)
+            return
+        ((job, picture),) = batch
+        size = f"{picture.pixels.width}x{picture.pixels.height}"
+        reason = error if isinstance(error, UserError) else f"{size} pixels do not fit into memory; --window bounds it"
+        writer.fail(job, f"{source.address(job.name)}: {reason}")
+        return
+    for (job, picture), prediction in zip(batch, predictions, strict=True):
+        yield job, picture, prediction
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def write_summary(target: Storage, plan: Plan, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write what was done, and how."""
+    from madm_utils.hub import versions
+
+    summary = {
+        **result,
+        "images": len(plan.jobs) + plan.skipped,
+        "skipped": plan.skipped,
+        "input": args.input,
+        "model_path": args.model_path,
+        "settings": plan.settings,
+        "versions": versions(),
+    }
+    write_json(target, SUMMARY_FILE, summary)
+    target.flush()
 
 
 if __name__ == "__main__":

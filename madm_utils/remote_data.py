@@ -138,8 +138,8 @@ def list_folders(folder: Path | RemoteFolder) -> list[str]:
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in names)
 
 
-def fsspec_of(url: str) -> "fsspec.AbstractFileSystem":
-    """The file system of an address.
+def fsspec_of(url: str, flag: str = "--data_dir") -> "fsspec.AbstractFileSystem":
+    """The file system of an address, which `flag` gave.
 
     Raises:
         UserError: of an unknown kind, or its package is not installed.
@@ -150,8 +150,8 @@ def fsspec_of(url: str) -> "fsspec.AbstractFileSystem":
         return url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"--data_dir {url} cannot be opened: {_one_line(error)}. Known are local folders, datasets on the Hub "
-            "(user/name) and what fsspec has a package for, e.g. s3:// with `pip install s3fs`"
+            f"{flag} {url} cannot be opened: {_one_line(error)}. Known are local folders, datasets on the Hub "
+            "(hf://datasets/user/name) and what fsspec has a package for, e.g. s3:// with `pip install s3fs`"
         ) from None
 
 
@@ -221,7 +221,7 @@ def _explained(error: Exception) -> str:
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"may not be read ({reason}); check the token or the credentials"
     if isinstance(error, FileNotFoundError) or status == 404:
-        return f"does not exist ({reason}); check --data_dir"
+        return f"does not exist ({reason}); check the address"
     if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or "page integrity" in reason:
         return f"is damaged ({reason}); prepare the data and put it there again"
     return f"cannot be read ({reason}); check the address and the network"

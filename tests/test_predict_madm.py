@@ -1,26 +1,40 @@
-"""`predict_madm.py` on files and folders, good and bad."""
+"""`predict_madm.py` on files and folders, good and bad, local and elsewhere, alone and in company."""
 
+import errno
+import hashlib
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import fsspec
+import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from fsspec.implementations.memory import MemoryFileSystem
+from hub_server import WRITE_TOKEN, HubServer, Repo
 from PIL import Image
 from tiny_model import write_model
 
 import predict_madm
-from madm_utils import MADMPipeline
+from madm_utils import MADMPipeline, prediction_files, storage
 from madm_utils.cli import UserError
+from madm_utils.inference import InferenceSettings
 from madm_utils.tasks import TASKS
 from madm_utils.visualization import colorize, overlay
 
 SCRIPT = Path(predict_madm.__file__)
 TASK = TASKS["synthetic_to_depth"]
 KINDS = ("label", "color", "overlay")
+NOTES = {"legend.json", "summary.json"}
+STEMS = ("a", "night/a", "night/late/b", "night/late/depth", "c")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +42,25 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def loaded(model):
+    flags = ("--model_path", str(model), "--input", "photos", "--output_dir", "predictions")
+    return predict_madm.load(predict_madm.parse_args(flags), torch.device("cpu"))
+
+
+@pytest.fixture
+def load_once(loaded, monkeypatch):
+    """Loading takes longer than five small images do."""
+    monkeypatch.setattr(predict_madm, "load", lambda *_: loaded)
+
+
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
@@ -54,8 +82,21 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.fixture
+def two_photos(photos, tmp_path):
+    folder = tmp_path / "two"
+    (folder / "sub").mkdir(parents=True)
+    shutil.copy(photos / "a.png", folder)
+    shutil.copy(photos / "c.webp", folder / "sub" / "c.webp")
+    return folder
+
+
 def predict(model, source, out, *more) -> int:
-    return predict_madm.main([str(a) for a in ("--model_path", model, "--input", source, "--output_dir", out, *more)])
+    models = model if isinstance(model, list) else [model]
+    flags = ("--model_path", *models, "--input", source, "--output_dir", out, *more)
+    code = predict_madm.main([str(flag) for flag in flags])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return code
 
 
 def read(path: Path) -> np.ndarray:
@@ -67,57 +108,364 @@ def written(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def pictures(folder: Path) -> dict[str, bytes]:
+    """Everything in the folder but the summary, which knows how it was launched."""
+    return {name: (folder / name).read_bytes() for name in written(folder) - {"summary.json"}}
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
 def test_folder_is_mirrored(model, photos, tmp_path):
     out = tmp_path / "out"
     assert predict(model, photos, out, "--batch_size", 2) == 0
-    stems = ("a", "night/a", "night/late/b", "night/late/depth", "c")
-    assert written(out) == {f"{stem}_{kind}.png" for stem in stems for kind in KINDS} | {"legend.json"}
-    for stem, size in zip(stems, [(40, 70), (70, 40), (33, 33), (20, 90), (64, 64)], strict=True):
+    assert written(out) == {f"{stem}_{kind}.png" for stem in STEMS for kind in KINDS} | NOTES
+    for stem, size in zip(STEMS, [(40, 70), (70, 40), (33, 33), (20, 90), (64, 64)], strict=True):
         label = read(out / f"{stem}_label.png")
         assert label.dtype == np.uint8 and label.shape == size and label.max() < TASK.num_classes
         np.testing.assert_array_equal(read(out / f"{stem}_color.png"), colorize(label, TASK.palette))
     legend = json.loads((out / "legend.json").read_text())
     assert legend["5"] == {"name": "road", "color": [128, 64, 128]} and len(legend) == TASK.num_classes
+    told = summary(out)
+    assert (told["status"], told["images"], told["predicted"], told["skipped"], told["left"]) == (
+        "complete",
+        5,
+        5,
+        0,
+        0,
+    )
+    assert told["failed"] == {} and told["settings"]["window"] is None and "torch" in told["versions"]
 
 
 def test_single_file_equals_the_pipeline(model, photos, tmp_path):
     file = photos / "night" / "a.PNG"
-    assert predict(model, file, tmp_path / "out", "--overlay_alpha", 0.25) == 0
-    assert written(tmp_path / "out") == {*(f"a_{kind}.png" for kind in KINDS), "legend.json"}
-    label = MADMPipeline.from_pretrained(model)(file).label_maps[0]
-    np.testing.assert_array_equal(read(tmp_path / "out" / "a_label.png"), label)
+    out = tmp_path / "out"
+    flags = ("--overlay_alpha", 0.25, "--save_confidence", "--window", 64, "--stride", 32, "--tta", "flip")
+    assert predict(model, file, out, *flags) == 0
+    assert written(out) == {*(f"a_{kind}.png" for kind in (*KINDS, "confidence")), *NOTES}
+    pipe = MADMPipeline.from_pretrained(model)
+    output = pipe(file, window=64, stride=32, tta=("flip",), return_confidence=True)
+    label, confidence = output.label_maps[0], output.confidence[0]
+    np.testing.assert_array_equal(read(out / "a_label.png"), label)
+    assert (pipe(file).label_maps[0] != label).any()  # the flags matter
+    np.testing.assert_array_equal(read(out / "a_confidence.png"), np.round(confidence * 255))
     blend = overlay(read(file)[..., :3], colorize(label, TASK.palette), 0.25)
-    np.testing.assert_array_equal(read(tmp_path / "out" / "a_overlay.png"), blend)
+    np.testing.assert_array_equal(read(out / "a_overlay.png"), blend)
 
 
 def test_weights_and_precision_are_used(model, photos, tmp_path):
     labels = []
     for k, more in enumerate(((), ("--weights", "teacher"), ("--mixed_precision", "bf16"))):
-        AcceleratorState._reset_state(reset_partial_state=True)
         predict(model, photos / "c.webp", tmp_path / str(k), *more)
         labels.append(read(tmp_path / str(k) / "c_label.png"))
     assert (labels[0] != labels[1]).any()
     assert 0 < (labels[0] != labels[2]).mean() < 0.5
 
 
-def test_unreadable_images_are_reported_and_the_others_done(model, photos, tmp_path):
+def test_several_models_are_an_ensemble(model, photos, tmp_path):
+    """The mean of the probabilities; models of other classes are refused."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    shutil.rmtree(other / "segmenter")
+    (other / "teacher").rename(other / "segmenter")
+    assert predict([model, other], photos / "c.webp", tmp_path / "out") == 0
+    one, two = (
+        MADMPipeline.from_pretrained(folder)(photos / "c.webp", return_probabilities=True).probabilities[0]
+        for folder in (model, other)
+    )
+    label = read(tmp_path / "out" / "c_label.png")
+    np.testing.assert_array_equal(label, (one + two).argmax(0))
+    assert (label != one.argmax(0)).any() and (label != two.argmax(0)).any()
+
+    config = json.loads((other / "madm_config.json").read_text())
+    config["task"]["class_names"] = [*config["task"]["class_names"][:-1], "kerb"]
+    (other / "madm_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"ensemble needs equal classes.*kerb"):
+        predict([model, other], photos / "c.webp", tmp_path / "mixed")
+
+
+def test_results_depend_on_nothing_but_the_image(model, photos, tmp_path, capsys, monkeypatch):
+    """Byte for byte the same in batches of 1 and 4, alone, and from two processes, which tell of all images."""
+    assert predict(model, photos, tmp_path / "one") == 0
+    expected = pictures(tmp_path / "one")
+    assert predict(model, photos, tmp_path / "four", "--batch_size", 4) == 0
+    assert pictures(tmp_path / "four") == expected
+    assert predict(model, photos / "night" / "late", tmp_path / "alone") == 0
+    alone = pictures(tmp_path / "alone")
+    assert alone["depth_label.png"] == expected["night/late/depth_label.png"]
+
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
+    (photos / "d.png").write_bytes(b"")
+    flags = ("--model_path", model, "--input", photos, "--output_dir", tmp_path / "two")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **place}  # as launchers do
+    command = [sys.executable, SCRIPT, *flags]
+    second = subprocess.Popen(
+        command, env={**os.environ, **launched, "RANK": "1", "LOCAL_RANK": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    # Should the other one fail at its start, this one would wait for it for half an hour.
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "default_pg_timeout", timedelta(minutes=3))
+    for name, value in {**launched, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert predict(*flags[1::2]) == 1
+    printed, _ = second.communicate()
+    assert second.returncode == 0, printed
+    said = capsys.readouterr()
+    assert "5 of 7 images predicted, 2 failed" in said.out and "predicted" not in printed
+    for name in ("broken.png: cannot be read", "d.png: cannot be read as an image (the file is empty)"):
+        assert name in said.err[said.err.index("2 failed:") :]
+    assert pictures(tmp_path / "two") == expected
+    assert sorted(summary(tmp_path / "two")["failed"]) == ["broken.png", "d.png"]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_skipped_and_nothing_else(model, photos, tmp_path, capsys, monkeypatch, load_once):
+    out = tmp_path / "out"
+    assert predict(model, photos, out) == 0
+    expected = pictures(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_madm, "load", lambda *_: pytest.fail("the model is loaded though all is done"))
+        assert predict(model, photos, out) == 0
+    assert "0 of 5 images predicted, 5 done before" in capsys.readouterr().out
+    assert summary(out)["skipped"] == 5
+
+    Image.fromarray(np.full((33, 33, 3), 200, np.uint8)).save(photos / "night" / "late" / "b.jpg")
+    (out / "c_color.png").unlink()
+    (out / "night" / "a_overlay.png").write_bytes(b"shorter")
+    label = (out / "a_label.png").read_bytes()
+    (out / "a_label.png").write_bytes(label[:-1])
+    assert predict(model, photos, out) == 0
+    assert "4 of 5 images predicted, 1 done before" in capsys.readouterr().out
+    again = pictures(out)
+    assert {name for name in again if again[name] != expected[name]} == {f"night/late/b_{kind}.png" for kind in KINDS}
+
+
+def test_another_model_or_setting_is_refused_or_redone(model, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert predict(model, photos / "c.webp", out) == 0
+    first = pictures(out)
+    with pytest.raises(UserError, match=r"another model or of other settings \(window: None -> 64\).*--overwrite"):
+        predict(model, photos / "c.webp", out, "--window", 64)
+    with pytest.raises(UserError, match=r"\(models: \['\w+'\] -> \['\w+'\]; weights: student -> teacher\)"):
+        predict(model, photos / "c.webp", out, "--weights", "teacher")
+    assert pictures(out) == first
+    assert predict(model, photos / "c.webp", out, "--weights", "teacher", "--overwrite") == 0
+    assert "1 of 1 images predicted" in capsys.readouterr().out
+    assert pictures(out)["c_label.png"] != first["c_label.png"]
+    assert predict(model, photos / "c.webp", out, "--weights", "teacher") == 0
+    assert "1 done before" in capsys.readouterr().out
+    (out / "summary.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"summary.json was not written by this script"):
+        predict(model, photos / "c.webp", out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_work_in_order(model, photos, tmp_path, capsys, monkeypatch, number, load_once):
+    """What was begun is complete, nothing half-written is left, and the same command goes on."""
+    out, segment = tmp_path / "out", predict_madm.segment
+    count = 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), number)
+        yield from segment(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_madm, "segment", interrupted)
+        assert predict(model, photos, out) == 128 + number
+    said = capsys.readouterr()
+    assert "2 of 5 images predicted, 3 left" in said.out
+    assert f"stopped by {number.name}; the same command goes on where it stopped" in said.err
+    assert len(written(out)) == 2 * 3 + 2 and summary(out)["status"] == "interrupted"
+    assert predict(model, photos, out) == 0
+    assert "3 of 5 images predicted, 2 done before" in capsys.readouterr().out
+    assert len(written(out)) == 5 * 3 + 2 and summary(out)["status"] == "complete"
+
+
+def test_old_images_are_known_without_reading_them(photos, tmp_path, monkeypatch):
+    """An image that is older than its prediction is the same; a younger one is compared by its content."""
+    source, target = storage.LocalStorage(photos), storage.LocalStorage(tmp_path / "out")
+    picture = prediction_files.read_picture(source, "a.png")
+    assert picture.sha256 == hashlib.sha256((photos / "a.png").read_bytes()).hexdigest()
+    target.write(
+        prediction_files.prediction_files("a", "run", picture, np.zeros((40, 70), np.uint8), [(1, 2, 3)], 0.5)
+    )
+    entry, there = source.files()["a.png"], target.files()
+
+    def done(run="run", **changes) -> bool:
+        changed = storage.Entry(**{**vars(entry), **changes})
+        return prediction_files.is_done("a", run, source, "a.png", changed, target, there)
+
+    assert done() and not done(run="another run") and not done(size=entry.size + 1)
+    assert done(sha256=picture.sha256) and not done(sha256="0" * 64)
+    (photos / "a.png").write_bytes(bytes(entry.size))  # of the same size
+    assert not done() and not done(modified=None) and not done(modified=there["a_label.png"].modified - 59)
+    monkeypatch.setattr(source, "read", lambda name: pytest.fail("read"))
+    assert done(modified=there["a_label.png"].modified - 61)
+
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def test_any_address_is_read_and_written(model, two_photos, tmp_path, capsys, load_once):
+    assert predict(model, two_photos, tmp_path / "local") == 0
+    expected = pictures(tmp_path / "local")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{two_photos}/", "/photos/", recursive=True)
+    out = "memory://photos/predictions"  # inside the input: its files are no images
+
+    def contents() -> dict[str, bytes]:
+        found = memory.find("/photos/predictions")
+        return {name.removeprefix("/photos/predictions/"): memory.cat_file(name) for name in found}
+
+    for told in ("2 of 2 images predicted", "0 of 2 images predicted, 2 done before"):
+        assert predict(model, "memory://photos", out) == 0
+        assert told in capsys.readouterr().out
+        assert {k: v for k, v in contents().items() if k != "summary.json"} == expected
+    memory.rm_file("/photos/predictions/sub/c_overlay.png")
+    assert predict(model, "memory://photos/", out) == 0
+    assert "1 of 2 images predicted, 1 done before" in capsys.readouterr().out
+    assert predict(model, "memory://photos/a.png", f"file://{tmp_path}/single") == 0
+    assert pictures(tmp_path / "single") == {k: v for k, v in expected.items() if "/" not in k}
+    with pytest.raises(UserError, match="is the input folder"):
+        predict(model, "memory://photos", "memory://photos")
+
+
+def test_repositories_on_the_hub_are_read_and_written(model, two_photos, tmp_path, capsys, monkeypatch, load_once):
+    """Digests of large files come with the list, so that going on reads none of them; commits hold many files."""
+    assert predict(model, two_photos, tmp_path / "local") == 0
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    with HubServer() as hub:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.url, "token": WRITE_TOKEN})
+        files = {f"in/{name}": content for name, content in pictures(two_photos).items()}
+        hub.repos["datasets/me/photos"] = Repo(files=files, large=set(files))
+        with pytest.raises(UserError, match=r"--output_dir hf://datasets/me/new/run does not exist.*hf repos create"):
+            predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run")
+        target = hub.repos["datasets/me/new"] = Repo(private=True)
+        assert predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run") == 0
+        got = {name.removeprefix("run/"): content for name, content in target.files.items()}
+        assert got.pop("summary.json") and got == pictures(tmp_path / "local")
+        assert len(target.commits) == 3  # at the start, the predictions, the summary
+        hub.requests.clear()
+        assert predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run") == 0
+        assert "0 of 2 images predicted, 2 done before" in capsys.readouterr().out
+        assert not any("/me/photos/resolve/" in request for request in hub.requests)
+
+        del target.files["run/a_label.png"]
+        hub.fail("POST .*/commit/main", 403)
+        monkeypatch.setattr(predict_madm, "write_summary", lambda *_: None)  # its commit would be the one to fail
+        with monkeypatch.context() as patch:
+            patch.setattr(predict_madm, "write_json", lambda *_: None)
+            assert predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run") == 1
+        said = capsys.readouterr()
+        assert "0 of 2 images predicted, 1 done before, 1 left" in said.out
+        assert "error: cannot write to hf://datasets/me/new/run" in said.err
+    assert "hf_Secret" not in said.err
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_images_are_reported_and_the_others_done(model, photos, tmp_path, monkeypatch, capfd, load_once):
+    """One message for each, naming the file; tiny images and those that Pillow finds suspiciously large are done."""
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     (photos / "night" / "empty.jpg").touch()
-    command = ["--model_path", model, "--input", photos, "--output_dir", tmp_path / "out", "--batch_size", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny tensors, shared machine
-    done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True, env=env)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "5 of 7 images predicted" in done.stdout
-    summary = done.stderr[done.stderr.index("2 failed:") :]
-    assert "broken.png: cannot be read" in summary and "empty.jpg: cannot be read" in summary
-    assert len(written(tmp_path / "out")) == 5 * 3 + 1
+    (photos / "gone.png").write_bytes(b"not for long")
+    Image.new("RGB", (1, 1)).save(photos / "one.png")
+    Image.new("L", (200, 200)).save(photos / "enormous.png")
+    values = np.zeros((8, 8), np.float32)
+    values[0, 0] = np.nan
+    Image.fromarray(values).save(photos / "nan.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)  # a.png has 2800, enormous.png 40000
+    load = predict_madm.load
+
+    def load_while_an_image_vanishes(*args):
+        (photos / "gone.png").unlink()
+        return load(*args)
+
+    monkeypatch.setattr(predict_madm, "load", load_while_an_image_vanishes)
+    out = tmp_path / "out"
+    assert predict(model, photos, out, "--batch_size", 3) == 1
+    said = capfd.readouterr()
+    assert "6 of 11 images predicted, 5 failed" in said.out and "Warning" not in said.err
+    told = said.err[said.err.index("5 failed:") :]
+    for message in (
+        "broken.png: cannot be read as an image",
+        "empty.jpg: cannot be read as an image (the file is empty)",
+        "gone.png: no such file (any more)",
+        "nan.tif: 1 values are not finite",
+        "enormous.png: cannot be read as an image (Image size (40000 pixels) exceeds limit",
+    ):
+        assert told.count(message) == 1
+    assert len(written(out)) == 6 * 3 + 2 and read(out / "one_label.png").shape == (1, 1)
+    assert set(summary(out)["failed"]) == {"broken.png", "night/empty.jpg", "gone.png", "nan.tif", "enormous.png"}
 
 
-def test_own_predictions_are_no_inputs(model, photos):
-    out = photos / "predictions"
+def test_a_failing_image_does_not_take_its_batch_with_it(model, two_photos, tmp_path, monkeypatch, capsys, load_once):
+    load = predict_madm.load
+
+    def load_sensitive(*args):
+        predictor, *rest = load(*args)
+
+        def sensitive(images, **options):
+            if any(image.size == (70, 40) for image in images):
+                raise UserError("the model's output is not finite")
+            return predictor(images, **options)
+
+        return sensitive, *rest
+
+    monkeypatch.setattr(predict_madm, "load", load_sensitive)
+    assert predict(model, two_photos, tmp_path / "out", "--batch_size", 2) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 images predicted, 1 failed" in said.out
+    assert f"{two_photos / 'a.png'}: the model's output is not finite" in said.err
+
+
+def test_files_that_cannot_be_written(model, photos, tmp_path, monkeypatch, capsys, load_once):
+    """One sub-folder fails alone; a full disk ends the work, which says how to go on."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "night").write_text("a file where a folder is needed")
+    assert predict(model, photos, out) == 1
+    said = capsys.readouterr()
+    assert "2 of 5 images predicted, 3 failed" in said.out
+    assert "cannot write" in said.err and "night" in said.err[said.err.index("3 failed:") :]
+
+    (out / "night").unlink()
+    write_bytes = Path.write_bytes
+
+    def write_until_full(path, content):
+        if "label" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_until_full)
+        assert predict(model, photos, out) == 1
+    said = capsys.readouterr()
+    assert "2 done before, 3 left" in said.out
+    assert "No space left on device); make room" in said.err and "goes on where it stopped" in said.err
+    assert not [name for name in written(out) if "tmp" in name]
     assert predict(model, photos, out) == 0
+
+
+def test_own_predictions_are_no_inputs(model, two_photos, load_once):
+    out = two_photos / "predictions"
+    assert predict(model, two_photos, out) == 0
     first = written(out)
-    assert predict(model, photos, out) == 0
+    assert predict(model, two_photos, out, "--overwrite") == 0
     assert written(out) == first
 
 
@@ -128,20 +476,32 @@ def test_equal_names_in_one_folder_are_refused(model, photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_folders_are_named_and_nothing_is_written(model, photos, tmp_path):
-    out, empty = tmp_path / "out", tmp_path / "empty"
+def test_wrong_places_are_named_and_nothing_is_written(model, photos, tmp_path):
+    out, empty, several = tmp_path / "out", tmp_path / "empty", tmp_path / "several"
     empty.mkdir()
+    for name in ("depth", "event"):
+        (several / name).mkdir(parents=True)
+        (several / name / "madm_config.json").touch()
+    lacking = tmp_path / "lacking"
+    shutil.copytree(model, lacking)
+    shutil.rmtree(lacking / "segmenter")
     cases = [
         (model, tmp_path / "nowhere", out, r"--input .*nowhere: no such file or folder"),
+        (model, "memory://nowhere", out, r"--input memory://nowhere does not exist"),
+        (model, "parchment://x", out, r"--input parchment://x cannot be opened"),
         (model, empty, out, r"empty holds no images; looked for \.png"),
         (model, photos, photos, "is the input folder"),
         (model, photos, photos / "notes.txt", "notes.txt is a file; give a folder"),
+        (model, photos, "https://example.org/out", "nothing can be written to a web address"),
         (empty, photos, out, "empty is not a trained model"),
         (tmp_path / "nowhere", photos, out, "nowhere: no such folder"),
+        (several, photos, out, "several holds models for depth, event; give one of them: .*several/depth, "),
+        (lacking, photos, out, "segmenter"),
     ]
     for folder, source, target, message in cases:
         with pytest.raises(UserError, match=message):
             predict(folder, source, target)
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert not out.exists()
 
 
@@ -158,8 +518,8 @@ def test_impossible_flags_are_named(capsys, more, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_named(model, photos, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "night").write_text("a file where a folder is needed")
-    with pytest.raises(UserError, match="cannot write to .*night"):
-        predict(model, photos, tmp_path / "out")
+def test_impossible_windows_are_named_before_the_model_is_loaded(model, two_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_madm, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="the window must be a multiple of 64 pixels, got 100"):
+        predict(model, two_photos, tmp_path / "out", "--window", 100)
+    assert InferenceSettings(64).step() == 48

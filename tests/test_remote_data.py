@@ -343,7 +343,7 @@ def test_failures_that_pass_are_survived(unsteady, data, caplog):
     [
         (ConnectionResetError("reset by peer"), 3, r"cannot be read \(reset by peer\); check the address and the net"),
         (PermissionError("Forbidden"), 1, r"may not be read \(Forbidden\); check the token or the credentials"),
-        (FileNotFoundError("gone"), 1, r"does not exist \(gone\); check --data_dir"),
+        (FileNotFoundError("gone"), 1, r"does not exist \(gone\); check the address"),
     ],
 )
 def test_failures_that_last(error, tries, message, unsteady):
