@@ -111,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
     check_writable(args.output_dir)
-    settings = inference_settings(args)
     if args.update_model_card and not (Path(args.model_path[0]) / "run.json").is_file():
         raise UserError(
             f"--update_model_card needs the local --output_dir of a finished training, with its run.json; got "
@@ -121,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # On the CPU every process computes with all cores (below); waiting threads must sleep, not spin.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     expected = load_task(args.task, args.task_config) if args.task or args.task_config else None
+    settings = inference_settings(args)
 
     import torch
 

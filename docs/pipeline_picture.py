@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw docs/images/pipeline.png: an image and everything the pipeline returns for it.
 
-    python docs/pipeline_picture.py --model_path outputs/depth --image street.png
+python docs/pipeline_picture.py --model_path outputs/depth --image street.png
 """
 
 import argparse
