@@ -52,7 +52,7 @@ def _check_base_folder(base: BaseModelReference) -> None:
         if looks_local or path.exists():
             raise UserError(
                 f"base model {name}: no such folder; give a Stable Diffusion folder in diffusers layout or a Hub id "
-                "such as CompVis/stable-diffusion-v1-4 (--pretrained_model_name_or_path)"
+                "such as CompVis/stable-diffusion-v1-4 (--pretrained_model_name_or_path, in Python `base=`)"
             )
         return
     missing = [part for part in PARTS if not (path / part).is_dir()]

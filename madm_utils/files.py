@@ -43,6 +43,7 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Everything is on the disk before the name appears, so that not even a power failure leaves half a folder under it.
     When something fails, the older folder stays and the temporary one is removed.
     """
+    folder = folder.absolute()  # "." has no name
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -58,6 +59,7 @@ def replace_folder(staged: Path, folder: Path) -> None:
 
     The disk holds all of `staged` before; when renaming fails, the older folder is there again.
     """
+    folder = folder.absolute()
     earlier = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
     _flush(staged)
     try:

@@ -42,6 +42,13 @@ def device_name(device: "torch.device") -> str:
     return f"{device.type} ({platform.machine()})"
 
 
+def stale_files(names: Sequence[str]) -> list[str]:
+    """What an upload deletes from the repository unless it brings it: a teacher of another run would be taken for this
+    one's, and a model at the top for what is in the sub-folders `names` ("" is the top itself)."""
+    stale = [f"{name}/{file}" if name else file for name in names for file in _OPTIONAL]
+    return stale + (["madm_config.json", *PIPELINE_FILES, *_OPTIONAL] if any(names) else [])
+
+
 class HubUpload:
     """Uploads a run: checkpoints in the background as they are published, the trained model at the end.
 
@@ -87,14 +94,10 @@ class HubUpload:
         self.private = private
         self.strategy = strategy
         self.api = HfApi(token=token)
-        several = any(names)
         self._files = [f"{name}/{file}" if name else file for name in names for file in _FILES]
-        # Deleted from the repository unless this run has it: a teacher of another run would be taken for this one's,
-        # and a model at the top for what is in the sub-folders.
-        self._stale = [f"{name}/{file}" if name else file for name in names for file in _OPTIONAL]
-        if several:
+        if any(names):
             self._files.append("README.md")
-            self._stale += ["madm_config.json", *PIPELINE_FILES, *_OPTIONAL]
+        self._stale = stale_files(names)
         self._pauses = tuple(pauses)
         self._timeout = timeout
         # Under a temporary name of this run: `checkpointing.remove_unfinished` clears it after a kill.

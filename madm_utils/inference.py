@@ -64,6 +64,8 @@ class InferenceSettings:
         Raises:
             UserError: another name, or see the class.
         """
+        if isinstance(tta, str):
+            raise UserError(f"test-time augmentation is a list of names, e.g. ['flip', 'scales'], got {tta!r}")
         unknown = sorted(set(tta) - {"flip", "scales"})
         if unknown:
             raise UserError(f"test-time augmentation knows flip and scales, got {', '.join(map(repr, unknown))}")

@@ -37,6 +37,7 @@ _DATA_TERMS = {
     "dsec": "the terms on dsec.ifi.uzh.ch",
 }
 _SYNTHETIC = "synthetic_"
+_UNET = {True: "a LoRA of the UNet", False: "the tuned UNet"}
 
 
 def write_model_card(
@@ -58,6 +59,39 @@ def write_model_card(
         _write_card(folder / name, record, (metrics or {}).get(name), adapter=name if several else "")
     if several:
         _write_overview(folder, records)
+
+
+def write_pipeline_card(folder: Path, repo: str, settings: Mapping[str, dict[str, Any]]) -> None:
+    """Write the card of a model of which no more is known than how it works: not how it was trained.
+
+    Args:
+        folder: holds the model; with several adapters, its sub-folders do, and each gets a card of its own.
+        repo: id on the Hub.
+        settings: what `madm_config.json` holds, by name of the adapter.
+    """
+    from huggingface_hub import ModelCardData
+
+    several = len(settings) > 1
+    rows = []
+    for name, config in settings.items():
+        task = task_from_dict(config["task"], where=repo)
+        lora = config["unet_tuning"] == "lora"
+        hub_id, base = _base(config["base_model"])
+        data = ModelCardData(**_metadata(hub_id, lora, [task.modality]), license="other")
+        _render(
+            folder / name if several else folder, data, title=f"MADM: {task.name}", task=task, source_only=None,
+            base=base, weights=f"{_UNET[lora]}, the segmentation head and the conditioning", sample=False,
+            shareable=True, classes=task.class_names, repo=repo, adapter=name if several else "",
+            base_is_on_hub=bool(hub_id), lora=lora, licences=_licences(hub_id, base, task),
+        )  # fmt: skip
+        row = {"name": name, "source": task.source, "target": task.target, "miou": _percent(None)}
+        rows.append(row | {"num_classes": task.num_classes})
+    if several:
+        data = ModelCardData(**_metadata(hub_id, True, [_SEVERAL, *settings]), license="other")
+        _render(
+            folder, data, title=f"MADM: {', '.join(settings)}", adapters=rows, base=base,
+            base_is_on_hub=bool(hub_id), repo=repo, adapter=next(iter(settings)), lora=True,
+        )  # fmt: skip
 
 
 def update_model_card(folder: Path, metrics: dict[str, Any]) -> None:
@@ -115,7 +149,6 @@ def _write_card(folder: Path, record: dict[str, Any], metrics: dict[str, Any] | 
     shareable = synthetic or bool(settings.get("hub_private_repo"))
     repo = settings.get("hub_model_id") or (folder.resolve().parent if adapter else folder.resolve()).name
     pictures = folder.resolve().parent / "validation" / adapter if adapter else folder / "validation"
-    unet = "a LoRA of the UNet" if lora else "the tuned UNet"
     data = ModelCardData(
         **_metadata(hub_id, lora, [task.modality]),
         license=_BASE_LICENCES.get(hub_id, "other") if synthetic else "other",
@@ -124,7 +157,7 @@ def _write_card(folder: Path, record: dict[str, Any], metrics: dict[str, Any] | 
     )
     _render(
         folder, data, title=f"MADM: {task.name}", task=task, source_only=source_only, base=base,
-        weights=f"{unet}, the segmentation head and the conditioning",
+        weights=f"{_UNET[lora]}, the segmentation head and the conditioning",
         sample=_copy_sample(folder, pictures, shareable), shareable=shareable, classes=task.class_names,
         repo=repo, adapter=adapter, base_is_on_hub=bool(hub_id), lora=lora, metrics=metrics,
         measured=_measured(metrics) if metrics else None, overall=_overall(metrics or {}),

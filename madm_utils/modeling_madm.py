@@ -30,7 +30,7 @@ from madm_utils.base_model import BaseModelReference
 from madm_utils.cli import UserError
 from madm_utils.engines import gather_state
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
-from madm_utils.segmenter import Segmenter
+from madm_utils.segmenter import Segmenter, check_classes
 from madm_utils.standalone import save_standalone
 from madm_utils.tasks import Task, task_from_dict
 
@@ -283,25 +283,22 @@ class MADMModel(nn.Module):
             UserError: not a MADM folder, missing base, or tensors that are missing, unexpected or of another shape.
         """
         folder = base_model.local_folder(folder, revision, expected=CONFIG_NAME)
+        config = _read_config(folder)
         try:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            if config["format"] != FORMAT:
-                raise UserError(
-                    f"{folder / CONFIG_NAME} is of format {config['format']}, this version reads and writes {FORMAT}; "
-                    "use the version that wrote it, or train again"
-                )
             task = task_from_dict(config["task"], where=str(folder / CONFIG_NAME))
             reference = BaseModelReference(**config["base_model"])
             tuning, rounding = str(config["unet_tuning"]), bool(config["noise_in_latent_dtype"])
             resolution, signature = int(config["resolution"]), list(config["base_signature"])
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
-            ) from None
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise _unreadable(folder, error) from None
         if base is not None:
             reference = BaseModelReference(base)
         if weights == "teacher" and not (folder / "teacher").is_dir():
-            raise UserError(f"{folder} holds no teacher (a source-only run has none); use --weights student")
+            raise UserError(
+                f"{folder} holds no teacher (source-only runs and saved pipelines have none); use --weights student"
+            )
         if shared is not None and tuning == "lora" and shared.base == reference:
             vae, unet = shared.extractor.vae, shared.unet
         else:
@@ -312,21 +309,59 @@ class MADMModel(nn.Module):
         else:
             unet = base_model.load_strict(UNet2DConditionModel, folder, "unet")
         segmenter = base_model.load_strict(Segmenter, folder, "segmenter" if weights == "student" else "teacher")
+        check_classes(segmenter.config.num_classes, task.class_names, str(folder))
         latent_size = resolution // base_model.vae_scale(vae)
         scheduler = base_model.load_scheduler(reference)
         extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, rounding)
         model = cls(extractor, segmenter, task, reference, resolution, tuning)
         base_model.check_base(model.base_signature, signature, reference.pretrained_model_name_or_path)
-        return model.to(dtype or torch.float32).requires_grad_(False).eval()
+        model.to(dtype or torch.float32)
+        # The cast has rounded the fixed noise too.
+        model.extractor.shared_noise = model.extractor.draw_noise(latent_size, latent_size)
+        return model.requires_grad_(False).eval()
 
 
 def adapter_folders(folder: str | Path, revision: str | None = None) -> dict[str, Path]:
-    """Modality -> model folder of what a run left: one folder, or one sub-folder per modality; a Hub id as well."""
+    """Modality -> model folder of what a run left: one folder, or one sub-folder per modality; a Hub id as well.
+
+    Raises:
+        UserError: no such folder, or several of its sub-folders are models of one modality.
+    """
     folder = base_model.local_folder(folder, revision)
     if (folder / CONFIG_NAME).is_file():
         return {"": folder}
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"[!.]*/{CONFIG_NAME}"))}
-    return {name: path for name, path in found.items() if not name.startswith("checkpoint-")}
+    found = {name: path for name, path in found.items() if not name.startswith("checkpoint-")}
+    modalities: dict[str, str] = {}
+    for name, path in found.items() if len(found) > 1 else ():
+        modality = _read_config(path)["task"]["modality"]
+        if modality in modalities:
+            raise UserError(
+                f"{folder} holds several models for {modality}: {modalities[modality]}, {name}; give the folder of one"
+            )
+        modalities[modality] = name
+    return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What `madm_config.json` holds, with the fields that tell the format and the modality."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        number, _ = config["format"], config["task"]["modality"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+    if number != FORMAT:
+        raise UserError(
+            f"{folder / CONFIG_NAME} is of format {number}, this version reads and writes {FORMAT}; use the version "
+            "that wrote it, or train again"
+        )
+    return config
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
+    )
 
 
 def segmenter_config(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from madm_utils.args import check_precision
 from madm_utils.cli import UserError
+from madm_utils.files import publish_folder
+from madm_utils.hub import stale_files
+from madm_utils.model_card import write_pipeline_card
 from madm_utils.modeling_madm import MADMModel, adapter_folders
 from madm_utils.segmentation_pipeline import DiffusionSegmentationPipeline, MADMPipelineOutput
 
@@ -96,10 +100,12 @@ class MADMPipeline(DiffusionSegmentationPipeline):
         if name not in self._models:
             raise UserError(f"no adapter '{name}'; this pipeline has {', '.join(self.adapter_names)}")
         model = self._models[name]
-        segmenter = model.segmenter.to(self.device)
+        # Not `self.device`: with offloading, that is where models wait.
+        segmenter = model.segmenter.to(self.segmenter.device)
         if segmenter.dtype != self.segmenter.dtype:
             segmenter.to(self.segmenter.dtype)
-        self.register_modules(segmenter=segmenter, unet=model.unet.to(self.device))
+        unet = model.unet if model.unet is self.unet else model.unet.to(self.unet.device)
+        self.register_modules(segmenter=segmenter, unet=unet)
         self.register_to_config(settings=model.config())
         self.extractor = model.extractor
         model.activate()
@@ -107,10 +113,11 @@ class MADMPipeline(DiffusionSegmentationPipeline):
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
         """Write the model folder that `from_pretrained` reads; with several adapters one sub-folder each.
 
-        The base model is referred to, not copied. `push_to_hub` of diffusers calls this.
+        The base model is referred to, not copied. The segmenter that was loaded, student or teacher, becomes the
+        student; there is no teacher beside it.
 
         Raises:
-            UserError: another format than safetensors was asked for.
+            UserError: the folder holds something already, or another format than safetensors was asked for.
         """
         asked = [name for name, value in options.items() if value]
         if not safe_serialization or asked:
@@ -120,8 +127,42 @@ class MADMPipeline(DiffusionSegmentationPipeline):
             )
         if not self._models:
             raise UserError("this pipeline was not loaded with MADMPipeline.from_pretrained and cannot be saved")
+        folder = Path(save_directory)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} already holds something; two models in one folder would mix, give another one")
+        publish_folder(folder, self._write)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload MADMPipeline",
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a card that says how to use it; returns the address.
+
+        Files of an earlier model in the repository are removed.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: no right to write, and other troubles of the Hub.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        names = tuple(self._models) if len(self._models) > 1 else ("",)
+        with TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            write_pipeline_card(Path(folder), repo_id, {n: m.config() for n, m in self._models.items()})
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, delete_patterns=stale_files(names)
+            )
+        return f"{api.endpoint}/{repo_id}"
+
+    def _write(self, folder: Path) -> None:
+        """Write every adapter below `folder`."""
         for name, model in self._models.items():
-            model.save_pretrained(Path(save_directory, name) if len(self._models) > 1 else Path(save_directory))
+            model.save_pretrained(folder / name if len(self._models) > 1 else folder)
 
 
 def inference_accelerator(mixed_precision: str) -> Accelerator:

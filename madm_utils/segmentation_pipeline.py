@@ -21,6 +21,7 @@ from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.images import ImageInput, read_image, split_images
 from madm_utils.inference import InferenceSettings, Predictor
+from madm_utils.segmenter import check_classes
 from madm_utils.visualization import colorize, overlay
 
 _LORA = "pytorch_lora_weights.safetensors"
@@ -74,6 +75,7 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
         super().__init__()
         if not settings:
             raise UserError("the pipeline needs `settings`: what madm_config.json of the model's folder holds")
+        check_classes(segmenter.config.num_classes, settings["task"]["class_names"], "this model")
         base, lora = settings["base_model"], settings["unet_tuning"] == "lora"
         name = base["pretrained_model_name_or_path"]
         vae = vae or _from_base(AutoencoderKL, "vae", base, segmenter.dtype)
@@ -127,6 +129,8 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
             UserError: a model of the ensemble has other classes or another resolution.
         """
         for other in ensemble:
+            if not isinstance(other, DiffusionSegmentationPipeline):
+                raise UserError(f"an ensemble is a list of loaded pipelines, got {other!r}")
             if (other.class_names, other.resolution) != (self.class_names, self.resolution):
                 raise UserError(
                     "an ensemble needs equal classes and resolutions: "
@@ -174,6 +178,8 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
             UserError: an image that cannot be used, settings that do not go together, or a model output that is not
                 finite.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= overlay_alpha <= 1:
             raise UserError(f"overlay_alpha is a share from 0 to 1, got {overlay_alpha}")
         predict = self.predictor(InferenceSettings.named(window, stride, tta), ensemble, batch_size)
@@ -203,6 +209,17 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
                         output.overlay.append(Image.fromarray(overlay(np.asarray(image), color, overlay_alpha)))
         self.maybe_free_model_hooks()
         return output if return_dict else tuple(kept.values())
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """Refused: what this class was loaded from is a complete repository, and copying it is exact.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "this pipeline came from a repository that is complete: copy or download that (`hf download`). The MADM "
+            "suite's MADMPipeline can save what it loads"
+        )
 
 
 def _from_base(cls: type, part: str, base: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
@@ -234,7 +251,10 @@ def _add_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None:
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the LoRA in {folder} cannot be put into the UNet of the base model: {reason}") from None
+        raise UserError(
+            f"the LoRA in {folder} cannot be put into the UNet of the base model: {reason}. (Private "
+            "repositories: log in with `hf auth login` or set HF_TOKEN)"
+        ) from None
     if adapter not in getattr(unet, "peft_config", {}):
         raise UserError(f"the LoRA in {folder} holds no tensor of the UNet; download the model again")
 

@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from madm_utils.cli import UserError
 from madm_utils.heads import DAFormerHead, recompute_in_backward
 
 
@@ -64,6 +65,15 @@ class Bottleneck(nn.Module):
         out = F.relu(self.conv1(x))
         out = F.relu(self.conv2(out))
         return F.relu(self.conv3(out) + self.shortcut(x))
+
+
+def check_classes(num_classes: int, class_names: Sequence[str], where: str) -> None:
+    """Raise `UserError` unless a segmenter of `num_classes` classes belongs to the task with these names."""
+    if num_classes != len(class_names):
+        raise UserError(
+            f"{where}: its segmenter knows {num_classes} classes, its task has {len(class_names)} "
+            f"({', '.join(class_names)}); a part of another model lies there: copy or download it again"
+        )
 
 
 class Segmenter(ModelMixin, ConfigMixin):

@@ -395,9 +395,11 @@ def test_folder_that_is_no_model(tmp_path, saved):
     (tmp_path / "m/segmenter/config.json").unlink()
     with pytest.raises(UserError, match="segmenter is missing or lacks config.json"):
         MADMModel.from_pretrained(tmp_path / "m")
-    (tmp_path / "m/madm_config.json").write_text("{}")
-    with pytest.raises(UserError, match="madm_config.json cannot be read"):
-        MADMModel.from_pretrained(tmp_path / "m")
+    config = (tmp_path / "m/madm_config.json").read_text().replace('"resolution": 64', '"resolution": "wide"')
+    for content in (b"{}", b"\xff\xfe", config.encode()):
+        (tmp_path / "m/madm_config.json").write_bytes(content)
+        with pytest.raises(UserError, match="madm_config.json cannot be read"):
+            MADMModel.from_pretrained(tmp_path / "m")
 
 
 def test_a_folder_of_another_format_is_named(saved, tmp_path):

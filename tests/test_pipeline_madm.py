@@ -1,10 +1,13 @@
 """`MADMPipeline` on every kind of image, against the model called by hand."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from tiny_model import RESOLUTION, write_model
 
@@ -118,6 +121,8 @@ def test_saved_pipeline_is_the_same_model(pipe, folder, tmp_path):
     again = MADMPipeline.from_pretrained(tmp_path / "copy")
     np.testing.assert_array_equal(again(pixels).label_maps[0], pipe(pixels).label_maps[0])
     assert repr(pipe).startswith("MADMPipeline") and set(pipe.components) == {"segmenter", "vae", "unet", "scheduler"}
+    with pytest.raises(UserError, match="copy already holds something"):
+        pipe.save_pretrained(tmp_path / "copy")
     for options in ({"safe_serialization": False}, {"variant": "fp16"}):
         with pytest.raises(UserError, match="plain safetensors"):
             pipe.save_pretrained(tmp_path / "other", **options)
@@ -168,3 +173,51 @@ def test_classes_weights_and_dtype(pipe, folder):
 def test_lora_folder_predicts_too(tmp_path):
     pipe = MADMPipeline.from_pretrained(write_model(tmp_path, unet_tuning="lora"))
     assert pipe(random_pixels(30, 40, 3)).label_maps[0].shape == (30, 40)
+
+
+def test_adapters_of_one_modality_and_foreign_segmenters_are_refused(folder, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(folder, tmp_path / "runs" / name)
+    with pytest.raises(UserError, match="runs holds several models for depth: first, second; give the folder of one"):
+        MADMPipeline.from_pretrained(tmp_path / "runs")
+    other = write_model(tmp_path / "infrared", "synthetic_to_infrared")
+    shutil.copytree(other / "segmenter", tmp_path / "runs/first/segmenter", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="its segmenter knows 9 classes, its task has 11 .*part of another model"):
+        MADMPipeline.from_pretrained(tmp_path / "runs/first")
+
+
+def test_reduced_precision_keeps_the_fixed_noise(pipe, folder):
+    half = MADMPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert torch.equal(half.extractor.shared_noise, pipe.extractor.shared_noise)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"tta": "flip"}, r"a list of names, e\.g\. \['flip', 'scales'\], got 'flip'"),
+        ({"ensemble": ["a/model"]}, "list of loaded pipelines, got 'a/model'"),
+    ],
+)
+def test_wrong_options_are_named(pipe, options, message):
+    with pytest.raises(UserError, match=message):
+        pipe(random_pixels(9, 9), **options)
+
+
+def test_push_to_hub_brings_a_card_and_removes_an_earlier_model(pipe, monkeypatch):
+    """What the upload is told to send; the transfer itself is that of `test_hub.py`."""
+    sent = {}
+
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+        files = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*.*")]
+        sent.update(files=set(files), card=Path(folder_path, "README.md").read_text(), delete=delete_patterns)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert pipe.push_to_hub("mine").endswith("/me/mine")
+    assert {"pipeline.py", "model_index.json", "segmenter/segmenter.py", "madm_config.json"} <= sent["files"]
+    assert 'MADMPipeline.from_pretrained("me/mine")' in sent["card"] and "trust_remote_code=True" in sent["card"]
+    assert (
+        "More Information" not in sent["card"] and "## Licences" in sent["card"] and "## Training" not in sent["card"]
+    )
+    assert "teacher/*" in sent["delete"]

@@ -85,6 +85,15 @@ def test_base_model_that_is_gone_is_named(folders, monkeypatch):
     settings["base_model"]["pretrained_model_name_or_path"] = "/nowhere"
     with pytest.raises(UserError, match=r"needs 'vae' of its base model /nowhere.*vae=AutoencoderKL.from_pretrained"):
         DiffusionSegmentationPipeline(pipe.segmenter, settings=settings)
+    whole = DiffusionSegmentationPipeline(
+        pipe.segmenter,
+        pipe.vae,
+        pipe.unet,
+        pipe.scheduler,
+        pipe.config.settings,
+    )
+    with pytest.raises(UserError, match="copy or download"):
+        whole.save_pretrained("anywhere")
     with pytest.raises(UserError, match="needs `settings`"):
         DiffusionSegmentationPipeline(pipe.segmenter)
 
