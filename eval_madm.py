@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--names", nargs="+", default=(), metavar="NAME", help="of the models; default: of their paths")
     group.add_argument(
         "--classes", nargs="+", default=(), metavar="CLASS",
-        help="compare these classes only, and the mean of their IoUs; default: all",
+        help="IoU of these classes only, and the mean of their IoUs with its interval; default: all",
     )  # fmt: skip
     group.add_argument("--ensemble", action="store_true", help="evaluate all of them as one: mean probabilities")
     add_task_arguments(parser, "check that the models are of this task")
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from madm_utils.evaluation_files import write_results
+    from madm_utils.evaluation_files import check_places, write_results
     from madm_utils.pipeline_madm import inference_accelerator
 
     accelerator = inference_accelerator(args.mixed_precision)
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # flips a pixel now and then: one and several processes would disagree.
         torch.set_num_threads(args.num_cpu_threads or available_cores())
     models = checked_models(args, expected)
+    check_places(args.output_dir, models)
     datasets = [open_dataset(model, args) for model in models]
     if len(models) > 1:
         # Hours may pass until the last one is needed; damaged weights are found now.

@@ -1,7 +1,7 @@
 """How far a score would move if other images of the same kind had been evaluated: bootstrap over images.
 
 A resample draws as many images as there are, with replacement (Efron 1979). Scores are computed from sums over
-images, so a resample is a vector of how often each image was drawn, and all resamples are one matrix product.
+images, so a resample is a vector of how often each image was drawn, and many resamples are one matrix product.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,26 @@ SEED = 0
 
 
 def resampled_sums(
-    per_image: np.ndarray, num_resamples: int = RESAMPLES, seed: int = SEED, columns: int = 4096
+    per_image: np.ndarray, num_resamples: int = RESAMPLES, seed: int = SEED, draws_at_once: int = 2**20
 ) -> np.ndarray:
     """Sums of integers (N, ...) over resampled images: float64 (num_resamples, ...), exact below 2^53.
 
     The same number of images gets the same resamples, which is what makes the difference of two models paired.
-    Memory: `num_resamples` x N and the result.
+    Memory: 16 bytes x the larger of `draws_at_once` and N, `per_image` as float64, and the result.
 
     Args:
         per_image: what adds up over images.
         num_resamples: how many.
         seed: of the draws.
-        columns: numbers per image that are converted to float64 at a time.
+        draws_at_once: numbers that say how often an image was drawn, held at a time; the sums do not depend on it.
     """
     images = len(per_image)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), num_resamples)
-    draws = draws.astype(np.float64)
-    flat = per_image.reshape(images, -1)
-    parts = [draws @ flat[:, k : k + columns].astype(np.float64) for k in range(0, flat.shape[1], columns)]
-    return np.concatenate(parts, axis=1).reshape(num_resamples, *per_image.shape[1:])
+    share, numbers = np.full(images, 1 / images), per_image.reshape(images, -1).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    rows = max(1, draws_at_once // images)
+    sizes = [min(rows, num_resamples - start) for start in range(0, num_resamples, rows)]
+    parts = [rng.multinomial(images, share, size).astype(np.float64) @ numbers for size in sizes]
+    return np.concatenate(parts).reshape(num_resamples, *per_image.shape[1:])
 
 
 def interval(values: np.ndarray) -> list[float] | None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madm_utils.bootstrap import LEVEL, paired_difference
+import numpy as np
+
+from madm_utils.bootstrap import LEVEL, interval, paired_difference, resampled_sums
 from madm_utils.cli import UserError
 from madm_utils.evaluated_models import EvaluatedModel, folder_name
 from madm_utils.measurement import Measurement
-from madm_utils.metrics import mean_scores
+from madm_utils.metrics import class_iou, defined, mean_scores
 
 COLUMNS = {
     "miou": "mIoU",
@@ -38,9 +40,24 @@ class Evaluation:
 
     def comparable(self, other: "Evaluation") -> bool:
         """Whether both are scored on the same pixels for the same classes, image by image."""
+        same = [(e.model.task.class_names, e.model.task.target_label_map) for e in (self, other)]
+        return same[0] == same[1] and self._same_images(other)
+
+    def comparable_in(self, other: "Evaluation", classes: Sequence[str]) -> bool:
+        """Whether both are scored on the same images with the same pixels of `classes`, whatever else they know."""
+        return self._same_images(other) and all(
+            np.array_equal(self.of_class(name)[:, 1], other.of_class(name)[:, 1]) for name in classes
+        )
+
+    def of_class(self, name: str) -> np.ndarray:
+        """Counts of `metrics.class_counts` per image of one class, (N, 3)."""
+        return self.measurement.stacked("pixels")[:, :, self.model.task.class_names.index(name)]
+
+    def _same_images(self, other: "Evaluation") -> bool:
         same = [
-            (e.data, e.metrics["protocol"], e.metrics["num_images"], e.model.task.class_names, e.model.task.target,
-             e.model.task.target_label_map)
+            (e.data, e.model.task.target, e.metrics["protocol"], e.metrics["num_images"],
+             # The published protocol brings labels to the resolution of the model.
+             e.model.resolution if e.metrics["protocol"] == "paper" else None)
             for e in (self, other)
         ]  # fmt: skip
         return same[0] == same[1]
@@ -63,24 +80,26 @@ def compare(evaluations: Sequence[Evaluation], classes: Sequence[str] = ()) -> d
 
     Args:
         evaluations: the first one is what the others are compared with.
-        classes: only these, with the mean of their IoUs as a further score `classes_miou`; default: all.
+        classes: IoU of these only, and the mean of their IoUs as a further score `classes_miou` with its
+            `classes_interval` and `classes_difference`; default: all. Every other score stays over all classes.
     """
-    names = list(classes) or list(dict.fromkeys(name for e in evaluations for name in e.metrics["class_names"]))
+    classes = list(dict.fromkeys(classes))
+    names = classes or list(dict.fromkeys(name for e in evaluations for name in e.metrics["class_names"]))
     per_class = {
         name: {e.model.name: e.metrics["per_class"].get(name, {}).get("iou") for e in evaluations} for name in names
     }
     return {
-        "models": [_row(e, evaluations[0], classes, per_class) for e in evaluations],
+        "models": [_row(e, evaluations[0], classes) for e in evaluations],
         "level": LEVEL,
         "classes": names,
-        "chosen_classes": list(classes),
+        "chosen_classes": classes,
         "same_classes": len({e.model.task.class_names for e in evaluations}) == 1,
         "per_class": per_class,
         "conditions": _condition_tables(evaluations),
     }
 
 
-def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str], per_class: dict) -> dict[str, Any]:
+def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     metrics = evaluation.metrics
     values = {**metrics, "boundary_iou": metrics["boundary_iou"]["miou"], "ece": metrics["calibration"]["ece"]}
     intervals = metrics["confidence_intervals"]
@@ -97,11 +116,28 @@ def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str], per_
     if evaluation is not first and evaluation.comparable(first):
         pixels = (first.measurement.stacked("pixels"), evaluation.measurement.stacked("pixels"))
         row["difference"] = paired_difference(lambda counts: mean_scores(counts)["miou"], *pixels)
-    if classes:
-        known = [per_class[name][evaluation.model.name] for name in classes]
-        known = [value for value in known if value is not None]
-        row["classes_miou"] = sum(known) / len(known) if known else None
-    return row
+    return row | (_chosen_classes(evaluation, first, classes) if classes else {})
+
+
+def _chosen_classes(evaluation: Evaluation, first: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
+    """The mean IoU of `classes`, its interval and its difference to `first`.
+
+    `None` where one of the classes has no IoU. Resamples in which one of them has none are left out.
+    """
+    own, others = (np.stack([e.of_class(name) for name in classes], axis=-1) for e in (evaluation, first))
+    mean = _mean_iou(own.sum(0))
+    paired = evaluation is not first and evaluation.comparable_in(first, classes)
+    difference = paired_difference(_mean_iou, others, own) if paired else None
+    return {
+        "classes_miou": defined(mean),
+        "classes_interval": None if np.isnan(mean) else interval(_mean_iou(resampled_sums(own))),
+        "classes_difference": difference if difference and difference["difference"] is not None else None,
+    }
+
+
+def _mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Mean IoU of all classes of counts (..., 3, K) -> (...); NaN where one of them is not labelled."""
+    return class_iou(counts).mean(-1)
 
 
 def _condition_tables(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -116,7 +152,7 @@ def _condition_tables(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]
         for name, scores in found["groups"].items():
             group = table["groups"].setdefault(name, {"num_images": scores["num_images"], "miou": {}})
             group["miou"][evaluation.model.name] = scores["miou"]
-    return list(tables.values())
+    return [table | {"names": list(table["groups"])} for table in tables.values()]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -136,21 +172,24 @@ def with_interval(value: float | None, bounds: Sequence[float] | None, sign: str
 
 def score_table(comparison: dict[str, Any]) -> list[list[str]]:
     """Header and one row per model."""
-    several = len(comparison["models"]) > 1
-    chosen = [f"mIoU of {len(comparison['chosen_classes'])} classes"] if comparison["chosen_classes"] else []
-    difference = [f"mIoU - {comparison['models'][0]['name']}"] if several else []
-    table = [["model", "task", "images", "mIoU", *difference, *chosen, *list(COLUMNS.values())[1:]]]
+    first, several = comparison["models"][0]["name"], len(comparison["models"]) > 1
+    means = ["mIoU"]
+    if comparison["chosen_classes"]:
+        means.append(f"mIoU of {len(comparison['chosen_classes'])} classes")
+    heads = [head for mean in means for head in ((mean, f"{mean} - {first}") if several else (mean,))]
+    table = [["model", "task", "images", *heads, *list(COLUMNS.values())[1:]]]
     for k, row in enumerate(comparison["models"]):
-        paired = row["difference"]
-        shown = with_interval(paired["difference"], paired["interval"], "+") if paired else "" if k == 0 else "-"
-        table.append(
-            [
-                row["name"], row["task"], str(row["num_images"]),
-                with_interval(row["miou"], row["confidence_intervals"]["miou"]),
-                *([shown] if several else []), *([number(row["classes_miou"])] if chosen else []),
-                *(number(row[key]) for key in list(COLUMNS)[1:]),
-            ]
-        )  # fmt: skip
+        cells = [(row["miou"], row["confidence_intervals"]["miou"], row["difference"])]
+        if comparison["chosen_classes"]:
+            cells.append((row["classes_miou"], row["classes_interval"], row["classes_difference"]))
+        line = [row["name"], row["task"], str(row["num_images"])]
+        for value, bounds, paired in cells:
+            line.append(with_interval(value, bounds))
+            if several and paired:
+                line.append(with_interval(paired["difference"], paired["interval"], "+"))
+            elif several:
+                line.append("-" if k else "")
+        table.append([*line, *(number(row[key]) for key in list(COLUMNS)[1:])])
     return table
 
 
@@ -182,7 +221,13 @@ def notes(comparison: dict[str, Any]) -> list[str]:
     if any(row["difference"] for row in comparison["models"]):
         lines.append("The difference to the first model is paired: both on the same resampled images.")
     if any(row["difference"] is None for row in comparison["models"][1:]):
-        lines.append("No difference (-) where images, labels or classes are not those of the first model.")
+        lines.append("No difference (-) where images, labels, their size or classes are not those of the first model.")
+    chosen = comparison["chosen_classes"]
+    if chosen:
+        lines.append(
+            f"IoU per class and the mIoU of {len(chosen)} classes are of {', '.join(chosen)}; every other score, also "
+            "by condition, is over all classes of its model. No mean (-) where one of them has no IoU."
+        )
     if not comparison["same_classes"]:
         lines.append("The models know different classes, so their means are not of the same things; IoU per class is.")
     return lines
@@ -217,20 +262,24 @@ def to_csv(comparison: dict[str, Any]) -> str:
 
 def _flat(row: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
     flat = {key: row[key] for key in ("name", "task", "dataset", "split", "protocol", "num_images")}
-    difference = row["difference"] or {"difference": None, "interval": None}
     bounded = {key: (row[key], row["confidence_intervals"][key]) for key in COLUMNS}
-    bounded["miou_difference"] = (difference["difference"], difference["interval"])
+    bounded["miou_difference"] = _difference(row["difference"])
+    if comparison["chosen_classes"]:
+        bounded["classes_miou"] = (row["classes_miou"], row["classes_interval"])
+        bounded["classes_miou_difference"] = _difference(row["classes_difference"])
     for key, (value, bounds) in bounded.items():
         flat[key] = value
         flat[f"{key}_low"], flat[f"{key}_high"] = bounds or (None, None)
-    if comparison["chosen_classes"]:
-        flat["classes_miou"] = row["classes_miou"]
     for name, ious in comparison["per_class"].items():
         flat[f"iou {name}"] = ious[row["name"]]
     for table in comparison["conditions"]:
         for name, group in table["groups"].items():
             flat[f"miou {table['dataset']} {name}"] = group["miou"].get(row["name"])
     return flat
+
+
+def _difference(paired: dict[str, Any] | None) -> tuple[float | None, list[float] | None]:
+    return (paired["difference"], paired["interval"]) if paired else (None, None)
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
 """Which models an evaluation is about: their folders, names, tasks, all checked before any image is looked at."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +12,12 @@ from madm_utils.base_model import local_folder
 from madm_utils.cli import UserError
 from madm_utils.modeling_madm import CONFIG_NAME, MADMModel, adapter_folders
 from madm_utils.tasks import Task, task_from_dict
+
+FILES = ("confusion_matrix.csv", "confusion_matrix.png", "comparison.md", "comparison.csv", "report.html")
+MARKS = ("metrics.json", "comparison.json")
+PICTURE_FOLDERS = ("pictures", "worst")
+RESERVED = frozenset((*FILES, *MARKS, *PICTURE_FOLDERS))
+"""What else lies in the folder of results, where a model's sub-folder cannot have the same name."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,18 @@ def find_models(model_paths: Sequence[str], names: Sequence[str] = (), ensemble:
         ensemble: take all of them as one.
 
     Raises:
-        UserError: no model there, one given twice, names that do not fit, or models that cannot be an ensemble.
+        UserError: no model there, one given twice (also by another path), names that do not fit or are those of
+            result files, or models that cannot be an ensemble.
     """
     found: dict[str, Path] = {}
+    resolved: set[Path] = set()
     for path in model_paths:
         adapters = adapter_folders(path)
         for adapter, folder in (adapters or {"": local_folder(path, expected=CONFIG_NAME)}).items():
             key = f"{path.rstrip('/')}/{adapter}" if adapter else path
-            if key in found:
+            if folder.resolve() in resolved:
                 raise UserError(f"--model_path names {key} twice; a model is compared with others")
+            resolved.add(folder.resolve())
             found[key] = folder
     models = [
         EvaluatedModel(name, (path,), (folder,), *_stored_settings(folder))
@@ -66,6 +76,12 @@ def find_models(model_paths: Sequence[str], names: Sequence[str] = (), ensemble:
         )
     if len({_safe(name).lower() for name in names}) < len(names):
         raise UserError(f"--names must differ, also as names of folders; got {', '.join(names)}")
+    reserved = [name for name in names if _safe(name).lower() in RESERVED]
+    if reserved:
+        raise UserError(
+            f"--names: {', '.join(reserved)} would be the folder of a model's results, and the results have a file or "
+            "folder of that name; give another name"
+        )
     return [dataclasses.replace(model, name=name) for name, model in zip(names, models, strict=True)]
 
 
@@ -75,7 +91,10 @@ def folder_name(model: EvaluatedModel) -> str:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Per path the shortest ending that no other path has, numbered where that is not enough for names of folders."""
+    """Per path the shortest ending that no other path has, numbered where it cannot be the name of a folder.
+
+    It cannot where another ending gives the same name, or where results have that name (`RESERVED`).
+    """
     parts = [[part for part in Path(path).parts if part not in ("/", ".", "..")] or [path] for path in paths]
     names = []
     for own in parts:
@@ -83,7 +102,13 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
         shared = ["/".join(other) for other in parts if other is not own]
         names.append(next((e for e in endings if not any(f"/{o}".endswith(f"/{e}") for o in shared)), "/".join(own)))
     safe = [_safe(name).lower() for name in names]
-    return [f"{name} ({k + 1})" if safe.count(safe[k]) > 1 else name for k, name in enumerate(names)]
+    taken = RESERVED.union(safe)
+    for k, name in enumerate(names):
+        if safe.count(safe[k]) > 1 or safe[k] in RESERVED:
+            numbered = (f"{name} ({number})" for number in itertools.count(1))
+            names[k] = next(candidate for candidate in numbered if _safe(candidate).lower() not in taken)
+            taken |= {_safe(names[k]).lower()}
+    return names
 
 
 def _safe(name: str) -> str:
@@ -96,7 +121,9 @@ def _stored_settings(folder: Path) -> tuple[Task, int]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return task_from_dict(config["task"], where=str(path)), int(config["resolution"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise  # a `ValueError` too, but it says already what is wrong
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); download or train again") from None
 
 

@@ -7,6 +7,8 @@ comparison.json, comparison.md, comparison.csv, report.html, <model>/ with the a
 import csv
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -15,14 +17,23 @@ from pathlib import Path
 from madm_utils import comparison as tables
 from madm_utils.cli import UserError
 from madm_utils.comparison import Evaluation, compare
-from madm_utils.evaluated_models import folder_name
+from madm_utils.evaluated_models import FILES, MARKS, PICTURE_FOLDERS, EvaluatedModel, folder_name
 from madm_utils.report import write_report
 from madm_utils.sample_pictures import PICTURE_NAME, save_grids
 
-FILES = ("confusion_matrix.csv", "confusion_matrix.png", "comparison.md", "comparison.csv", "report.html")
-MARKS = ("metrics.json", "comparison.json")
-"""Written last; where one of them lies, the files beside it are ours."""
-PICTURE_FOLDERS = ("pictures", "worst")
+_STAGING = ".evaluation.tmp"
+
+
+def check_places(output_dir: Path, models: Sequence[EvaluatedModel]) -> None:
+    """Raise `UserError` where a file lies in the place of a folder of the results, or a folder in that of a file."""
+    sub_folders = [output_dir / folder_name(model) for model in models] if len(models) > 1 else []
+    for folder in (output_dir, *sub_folders):
+        for path in (folder, *(folder / name for name in PICTURE_FOLDERS)):
+            if path.is_file():
+                raise UserError(f"{path} is a file, where results need a folder; move it or give another --output_dir")
+        for path in (folder / name for name in (*FILES, *MARKS)):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, where results need a file; move it or give another --output_dir")
 
 
 def write_results(output_dir: Path, evaluations: Sequence[Evaluation], classes: Sequence[str] = ()) -> None:
@@ -36,8 +47,9 @@ def write_results(output_dir: Path, evaluations: Sequence[Evaluation], classes: 
     Raises:
         UserError: it cannot be written; an earlier evaluation is still there then.
     """
-    # Random, because machines that share a disk may have processes of equal numbers.
-    staging = output_dir / f".evaluation.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    _remove_unfinished(output_dir)
+    # With the machine, because those that share a disk may have processes of equal numbers.
+    staging = output_dir / f"{_STAGING}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
         if len(evaluations) == 1:
@@ -53,6 +65,28 @@ def write_results(output_dir: Path, evaluations: Sequence[Evaluation], classes: 
         raise UserError(f"cannot write the results to {output_dir} ({error}); give another --output_dir") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_unfinished(output_dir: Path) -> None:
+    """Delete what killed processes of this machine left half-written.
+
+    Of another machine it is not known whether its process still writes.
+    """
+    for path in output_dir.glob(f"{_STAGING}-*"):
+        made = re.fullmatch(rf"{re.escape(_STAGING)}-(.*)-(\d+)-[0-9a-f]+", path.name)
+        # An equal number is not this process, which begins here: a container may give the same one at every start.
+        if made and made[1] == platform.node() and (int(made[2]) == os.getpid() or not _is_running(int(made[2]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # of another user
+    return True
 
 
 def _write_single(folder: Path, evaluation: Evaluation) -> None:
@@ -99,6 +133,7 @@ def _publish(staged: Path, folder: Path) -> None:
         sub_folder.mkdir(exist_ok=True)
         _publish(mark.parent, sub_folder)
         earlier = {path for path in earlier if sub_folder not in path.parents}
+    # Marks come last: where one of them lies, the files beside it are ours.
     for name in (*FILES, *MARKS):
         if (staged / name).exists():
             os.replace(staged / name, folder / name)

@@ -91,7 +91,9 @@ function scoreTable() {
   const columns = [{ name: "model", text: true }, { name: "mIoU" }];
   if (several) columns.push({ name: `mIoU − ${rows[0].name}` });
   const chosen = data.comparison.chosen_classes;
-  if (chosen.length) columns.push({ name: `mIoU of ${chosen.length} classes` });
+  const ofChosen = `mIoU of ${chosen.length} classes`;
+  if (chosen.length) columns.push({ name: ofChosen });
+  if (chosen.length && several) columns.push({ name: `${ofChosen} − ${rows[0].name}` });
   columns.push(...keys.map((key) => ({ name: data.columns[key] })), { name: "images" }, { name: "task", text: true });
   const bounds = rows.map((row) => row.confidence_intervals.miou).filter(Boolean).flat();
   const axis = [Math.min(...bounds), Math.max(...bounds)];
@@ -110,14 +112,15 @@ function scoreTable() {
       { value: row.miou, class: mark("miou"), show: make("span", {}, number(row.miou), range(interval),
         interval ? whisker(row.miou, interval, axis, colourOf(k)) : null) },
     ];
-    if (several) {
-      const paired = row.difference;
-      line.push(paired
-        ? { value: paired.difference,
-            show: make("span", {}, number(paired.difference, "+"), range(paired.interval, "+")) }
-        : { value: null, show: k ? "–" : "" });
+    const difference = (paired) => (paired
+      ? { value: paired.difference, show: make("span", {}, number(paired.difference, "+"), range(paired.interval, "+")) }
+      : { value: null, show: k ? "–" : "" });
+    if (several) line.push(difference(row.difference));
+    if (chosen.length) {
+      line.push({ value: row.classes_miou,
+        show: make("span", {}, number(row.classes_miou), range(row.classes_interval)) });
+      if (several) line.push(difference(row.classes_difference));
     }
-    if (chosen.length) line.push({ value: row.classes_miou, show: number(row.classes_miou) });
     line.push(...keys.map((key) => ({ value: row[key], show: number(row[key]), class: mark(key) })));
     line.push({ value: row.num_images }, { value: row.task });
     return line;
@@ -136,7 +139,9 @@ function classTable() {
   const single = several ? null : data.models[0];
   const columns = [{ name: "class", text: true }, ...modelColumns()];
   if (single) columns.splice(1, 1, { name: "IoU" }, { name: "boundary IoU" }, { name: "accuracy" });
-  const cells = Object.entries(data.comparison.per_class).map(([name, ious]) => {
+  // By the list, because an object puts names that are numbers first.
+  const cells = data.comparison.classes.map((name) => {
+    const ious = data.comparison.per_class[name];
     const line = [{ value: name, show: make("span", {}, chip(colours[name]), name) }];
     line.push(...rows.map((row, k) => barCell(ious[row.name], colourOf(k))));
     if (single) line.push(barCell(single.boundary[name], COLOURS[1]), barCell(single.accuracy[name], COLOURS[2]));
@@ -150,9 +155,9 @@ function conditionTables() {
   if (!tables.length) { byId("conditions").remove(); byId("to-conditions").remove(); }
   for (const table of tables) {
     const columns = [{ name: table.column, text: true }, { name: "images" }, ...modelColumns()];
-    const cells = Object.entries(table.groups).map(([name, group]) => [
-      { value: name }, { value: group.num_images },
-      ...rows.map((row, k) => barCell(group.miou[row.name] ?? null, colourOf(k))),
+    const cells = table.names.map((name) => [
+      { value: name }, { value: table.groups[name].num_images },
+      ...rows.map((row, k) => barCell(table.groups[name].miou[row.name] ?? null, colourOf(k))),
     ]);
     byId("condition-tables").append(make("p", { class: "hint" }, `mIoU, ${table.dataset} split`),
       make("div", { class: "scroll" }, sortableTable(columns, cells)));

@@ -42,7 +42,7 @@ def report_data(evaluations: Sequence[Evaluation], comparison: dict[str, Any]) -
     groups: list[list[Evaluation]] = []
     for evaluation in evaluations:
         for group in groups:
-            if _same_pictures(group[0], evaluation):
+            if group[0].comparable(evaluation):
                 group.append(evaluation)
                 break
         else:
@@ -53,24 +53,27 @@ def report_data(evaluations: Sequence[Evaluation], comparison: dict[str, Any]) -
         "columns": COLUMNS,
         "notes": notes(comparison),
         "comparison": comparison,
-        "groups": [_group_data(group) for group in groups],
+        "groups": [_group_data(*named) for named in zip(groups, _group_names(groups), strict=True)],
         "models": [_model_data(evaluation, numbers[id(evaluation)]) for evaluation in evaluations],
         "versions": evaluations[0].metrics["versions"],
     }
 
 
-def _same_pictures(first: Evaluation, other: Evaluation) -> bool:
-    """Whether labels and predictions of both lie on each other pixel by pixel."""
-    same_size = first.metrics["protocol"] == "native" or first.model.resolution == other.model.resolution
-    return same_size and first.comparable(other)
+def _group_names(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
+    """The split of each group, with its models where several groups are of one split."""
+    splits = [f"{group[0].model.task.target}, {group[0].metrics['split']} split" for group in groups]
+    return [
+        f"{split} ({', '.join(e.model.name for e in group)})" if splits.count(split) > 1 else split
+        for split, group in zip(splits, groups, strict=True)
+    ]
 
 
-def _group_data(group: Sequence[Evaluation]) -> dict[str, Any]:
-    task, metrics = group[0].model.task, group[0].metrics
+def _group_data(group: Sequence[Evaluation], name: str) -> dict[str, Any]:
+    task = group[0].model.task
     samples = {index: sample for e in reversed(group) for index, sample in e.measurement.samples.items()}
     conditions = {image.index: image.condition or image.sequence for image in group[0].measurement.images}
     return {
-        "name": f"{task.target}, {metrics['split']} split",
+        "name": name,
         "classes": list(task.class_names),
         "palette": [list(color) for color in task.palette],
         "images": [

@@ -13,6 +13,7 @@ const group = () => data.groups[viewer.group];
 const modelsShown = () => data.models.map((model, k) => ({ ...model, k })).filter((m) => m.group === viewer.group);
 const currentImage = () => viewer.images[viewer.place];
 
+/** Names in the order of the panes; a pane is known by its place, because models may have any name. */
 function paneNames() {
   return ["input", "label", ...modelsShown().map((model) => model.name)];
 }
@@ -32,7 +33,7 @@ function painted(ids, label, width, height) {
   return pixels;
 }
 
-function pane(name, colour, iou) {
+function pane(place, name, colour, iou) {
   const canvas = make("canvas", { class: "colours" });
   const layers = make("div", { class: "layers" }, make("img", { alt: "" }), canvas);
   const frame = make("div", { class: "frame" }, layers, make("span", { class: "mark" }));
@@ -41,15 +42,17 @@ function pane(name, colour, iou) {
   frame.addEventListener("pointermove", point);
   frame.addEventListener("pointerleave", () => byId("panes").classList.remove("pointed"));
   frame.addEventListener("click", () => byId("panes").classList.toggle("zoomed"));
-  return make("figure", { "data-pane": name }, caption, frame);
+  return make("figure", { "data-pane": place }, caption, frame);
 }
 
 /** Build the panes of the chosen image; pictures appear when they are decoded. */
 async function showImage() {
   const image = currentImage();
   const [height, width] = image.size;
-  const panes = [pane("input"), pane("label")];
-  for (const model of modelsShown()) panes.push(pane(model.name, colourOf(model.k), model.iou[image.index]));
+  const panes = [pane(0, "input"), pane(1, "label")];
+  for (const model of modelsShown()) {
+    panes.push(pane(panes.length, model.name, colourOf(model.k), model.iou[image.index]));
+  }
   byId("panes").replaceChildren(...panes);
   for (const element of panes) {
     element.querySelector("img").src = image.input;
@@ -66,7 +69,7 @@ async function showImage() {
   viewer.maps = { width, height, label: maps[0], models: maps.slice(1) };
   modelsShown().forEach((model, k) => {
     if (maps[k + 1]) return;
-    const note = make("p", { class: "absent" }, "Not kept: among the worst of another model only.");
+    const note = make("p", { class: "absent" }, "Not kept: among the worst of a later model only.");
     panes[k + 2].querySelector(".frame").replaceChildren(note);
   });
   paint();
@@ -86,12 +89,12 @@ function paint() {
 }
 
 function hidePanes() {
-  for (const figure of byId("panes").children) figure.hidden = viewer.hidden.has(figure.dataset.pane);
-  for (const box of byId("panes-choice").querySelectorAll("input")) box.checked = !viewer.hidden.has(box.value);
+  [...byId("panes").children].forEach((figure, place) => { figure.hidden = viewer.hidden.has(place); });
+  byId("panes-choice").querySelectorAll("input").forEach((box, place) => { box.checked = !viewer.hidden.has(place); });
 }
 
-function togglePane(name) {
-  if (!viewer.hidden.delete(name)) viewer.hidden.add(name);
+function togglePane(place) {
+  if (!viewer.hidden.delete(place)) viewer.hidden.add(place);
   hidePanes();
 }
 
@@ -135,8 +138,8 @@ function chooseGroup(number) {
   byId("set").replaceChildren(make("option", { value: "all" }, `all ${group().images.length} images kept`),
     ...modelsShown().filter((model) => model.worst.length)
       .map((model) => make("option", { value: model.k }, `worst of ${model.name}`)));
-  byId("panes-choice").replaceChildren("Panes:", ...paneNames().map((name) => make("label", {},
-    make("input", { type: "checkbox", value: name, change: () => togglePane(name) }), name)));
+  byId("panes-choice").replaceChildren("Panes:", ...paneNames().map((name, place) => make("label", {},
+    make("input", { type: "checkbox", value: place, change: () => togglePane(place) }), name)));
   byId("legend").replaceChildren(...[...group().classes, "not labelled"].map((name, k) => {
     const id = k < group().classes.length ? k : IGNORED;
     const colour = id === IGNORED ? UNLABELLED : group().palette[id];
@@ -169,7 +172,7 @@ function pressed(event) {
   if (event.key === "ArrowLeft") step(-1);
   else if (event.key === "ArrowRight") step(1);
   else if (event.key.toLowerCase() === "e") setErrors(!viewer.errors);
-  else if (/^[1-9]$/.test(event.key) && paneNames()[event.key - 1]) togglePane(paneNames()[event.key - 1]);
+  else if (/^[1-9]$/.test(event.key) && event.key <= paneNames().length) togglePane(event.key - 1);
   else return;
   event.preventDefault();
 }

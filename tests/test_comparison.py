@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from madm_utils import evaluation_files
 from madm_utils.cli import UserError
 from madm_utils.comparison import compare, to_csv, to_markdown, to_text
 from madm_utils.evaluated_models import distinct_names, find_models
-from madm_utils.evaluation_files import write_results
+from madm_utils.evaluation_files import check_places, write_results
 from madm_utils.metrics import class_counts
 from madm_utils.tasks import TASKS
 
@@ -57,6 +59,12 @@ def test_nothing_is_paired_but_the_same_pixels(evaluations):
                        late.model.task, target_label_map={}))}):  # fmt: skip
         assert compare([early, dataclasses.replace(late, **change)])["models"][1]["difference"] is None
     assert compare([early, late])["models"][1]["difference"] is not None
+    # Other resolutions are other pixels where the labels are brought to them, and the same with labels of their size.
+    larger = dataclasses.replace(late, model=dataclasses.replace(late.model, resolution=128))
+    assert early.comparable(larger) and early.comparable_in(larger, ["road"])
+    paper = [dataclasses.replace(e, metrics=e.metrics | {"protocol": "paper"}) for e in (early, late, larger)]
+    assert paper[0].comparable(paper[1]) and not paper[0].comparable(paper[2])
+    assert compare([paper[0], paper[2]], ["road"])["models"][1]["classes_difference"] is None
 
 
 def test_conditions_are_scored_by_themselves(evaluations):
@@ -76,7 +84,47 @@ def test_chosen_classes(evaluations):
     ious = [evaluations[0].metrics["per_class"][name]["iou"] for name in ("road", "car")]
     assert row["classes_miou"] == pytest.approx(np.mean(ious))
     assert list(comparison["per_class"]) == ["road", "car"]
-    assert "mIoU of 2 classes" in to_text(comparison) and "| building |" not in to_markdown(comparison)
+    assert "mIoU of 2 classes - early" in to_text(comparison) and "| building |" not in to_markdown(comparison)
+    assert "every other score, also by condition, is over all classes" in to_text(comparison)
+
+    def slow(one, draws):
+        """Mean IoU of both classes of the images as drawn."""
+        correct, labelled, predicted = np.tensordot(draws, one.measurement.stacked("pixels"), 1)[:, columns]
+        return 100 * np.mean(correct / (labelled + predicted - correct))
+
+    columns = [evaluations[0].model.task.class_names.index(name) for name in ("road", "car")]
+    draws = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), 1000)
+    early, late = (np.array([slow(one, row) for row in draws]) for one in evaluations[:2])
+    assert row["classes_interval"] == pytest.approx(np.percentile(early, (2.5, 97.5)))
+    difference = comparison["models"][1]["classes_difference"]
+    assert difference["interval"] == pytest.approx(np.percentile(late - early, (2.5, 97.5)))
+    means = [slow(one, np.ones(6)) for one in evaluations[:2]]
+    assert difference["difference"] == pytest.approx(means[1] - means[0])
+    table = list(csv.DictReader(io.StringIO(to_csv(comparison))))
+    assert float(table[1]["classes_miou_difference_low"]) == difference["interval"][0]
+    assert table[0]["classes_miou_difference"] == "" != table[0]["classes_miou_high"]
+
+
+def test_chosen_classes_of_models_that_know_different_ones(evaluations):
+    early, late, _ = evaluations
+    task = late.model.task
+    renamed = dataclasses.replace(task, class_names=tuple("bus" if n == "car" else n for n in task.class_names))
+    metrics = late.metrics | {"class_names": list(renamed.class_names)}
+    other = dataclasses.replace(late, model=dataclasses.replace(late.model, task=renamed), metrics=metrics)
+    row = compare([early, other], ["road"])["models"][1]
+    assert row["difference"] is None
+    assert row["classes_difference"] == compare([early, late], ["road"])["models"][1]["classes_difference"]
+
+    # Without labels of a class there is no mean of it, and nothing to compare.
+    images = [dataclasses.replace(image, pixels=image.pixels.copy()) for image in late.measurement.images]
+    for image in images:
+        image.pixels[:2, task.class_names.index("car")] = 0
+    without = dataclasses.replace(late, measurement=dataclasses.replace(late.measurement, images=images))
+    comparison = compare([without, without, early], ["road", "car"])
+    first, same, labelled = comparison["models"]
+    assert first["classes_miou"] is first["classes_interval"] is same["classes_difference"] is None
+    assert labelled["classes_miou"] is not None and labelled["classes_difference"] is None
+    assert to_text(comparison).splitlines()[2].split()[-6] == "-"
 
 
 def test_tables(evaluations):
@@ -122,6 +170,8 @@ def test_screen_of_a_single_model(evaluations, capsys):
         (["depth", "x/depth"], ["depth", "x/depth"]),
         (["user/model", "./user-model"], ["model", "user-model"]),
         (["a/b", "x/a-b", "a-b"], ["b", "x/a-b", "a-b"]),
+        (["a/Pictures", "report.html", "m"], ["Pictures (1)", "report.html (1)", "m"]),  # names of results
+        (["a/worst", "worst-1"], ["worst (2)", "worst-1"]),
     ],
 )
 def test_names_are_short_and_tell_models_apart(paths, names):
@@ -136,6 +186,28 @@ def test_folders_that_are_no_models(tmp_path):
     (tmp_path / "madm_config.json").write_text('{"task": 3}')
     with pytest.raises(UserError, match=r"madm_config\.json cannot be read"):
         find_models([str(tmp_path)])
+    (tmp_path / "madm_config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=r"madm_config\.json cannot be read \(UnicodeDecodeError"):
+        find_models([str(tmp_path)])
+    task = TASKS["synthetic_to_depth"].to_dict()
+    (tmp_path / "madm_config.json").write_text(json.dumps({"task": task, "resolution": "abc"}))
+    with pytest.raises(UserError, match=r"madm_config\.json cannot be read \(ValueError: .*'abc'"):
+        find_models([str(tmp_path)])
+    (tmp_path / "madm_config.json").write_text(json.dumps({"task": task | {"palette": []}, "resolution": 64}))
+    with pytest.raises(UserError, match=r"json: palette has 0 colours"):
+        find_models([str(tmp_path)])
+
+
+def test_names_that_results_have_and_a_model_named_twice(tmp_path):
+    (tmp_path / "madm_config.json").write_text(
+        json.dumps({"task": TASKS["synthetic_to_depth"].to_dict(), "resolution": 64})
+    )
+    for name in ("pictures", "Worst", "REPORT.html", "comparison.csv", "metrics.json"):
+        with pytest.raises(UserError, match=f"--names: {name} would be the folder .* give another name"):
+            find_models([str(tmp_path)], [name])
+    for again in (f"{tmp_path}/", f"{tmp_path}/../{tmp_path.name}"):
+        with pytest.raises(UserError, match=f"--model_path names {again} twice"):
+            find_models([str(tmp_path), again])
 
 
 # --- the folder of results -------------------------------------------------------------------------------------------
@@ -174,6 +246,30 @@ def test_results_replace_earlier_ones_of_any_kind_and_nothing_else(evaluations, 
     assert not (tmp_path / "event-x").exists()
     write_results(tmp_path, [event, early])
     assert "metrics.json" not in listing(tmp_path) and not (tmp_path / "worst").exists()
+
+
+def test_what_is_in_the_way_of_results_is_named(evaluations, tmp_path):
+    models = [one.model for one in evaluations]
+    check_places(tmp_path, models)
+    (tmp_path / "late").touch()
+    check_places(tmp_path, models[:1])
+    with pytest.raises(UserError, match="late is a file, where results need a folder; move it or give another"):
+        check_places(tmp_path, models)
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html is a folder, where results need a file"):
+        check_places(tmp_path, models[:1])
+
+
+def test_what_a_killed_run_left_is_removed(evaluations, tmp_path, without_plots):
+    here, ended = platform.node(), 2**30  # more than any process's number
+    running, elsewhere, gone, same = (
+        tmp_path / f".evaluation.tmp-{machine}-{process}-0a"
+        for machine, process in ((here, os.getppid()), ("other", ended), (here, ended), (here, os.getpid()))
+    )
+    for folder in (running, elsewhere, gone, same):
+        (folder / "pictures").mkdir(parents=True)
+    write_results(tmp_path, evaluations[:1])
+    assert set(tmp_path.glob(".evaluation.*")) == {running, elsewhere}
 
 
 def test_a_failure_while_writing_leaves_the_earlier_results(evaluations, tmp_path, without_plots, monkeypatch):

@@ -414,6 +414,7 @@ def test_mistakes_are_named_and_write_nothing(model, data, tmp_path, more, messa
     [
         ((), r"--model_path names .*run.*/depth twice"),
         (("--names", "a", "A"), "--names must differ, also as names of folders; got a, A"),
+        (("--names", "a", "Pictures"), "--names: Pictures would be the folder of a model's results"),
         (
             ("--ensemble",),
             r"models of one task: depth is of 'synthetic_to_depth', infrared of 'synthetic_to_infrared'",
@@ -486,7 +487,11 @@ def test_a_failed_evaluation_leaves_the_earlier_one(model, data, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
 
 
-def test_output_dir_that_cannot_be_written(model, data):
+def test_output_dir_that_cannot_be_written(model, data, run_folder, tmp_path):
+    (tmp_path / "infrared").touch()
+    with pytest.raises(UserError, match="infrared is a file, where results need a folder"):
+        eval_madm.main(arguments(run_folder, "no data", tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UserError, match="is a file; give a folder"):
         eval_madm.main(arguments(model, data, Path(__file__)))
     with pytest.raises(UserError, match="test_eval_madm.py is a file; give a folder"):

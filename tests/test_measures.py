@@ -127,7 +127,8 @@ def test_resampled_sums_equal_a_loop_over_the_same_draws():
     draws = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), 20)
     expected = [sum(times * image for times, image in zip(row, counts, strict=True)) for row in draws]
     np.testing.assert_array_equal(resampled_sums(counts, 20, seed=7), expected)
-    np.testing.assert_array_equal(resampled_sums(counts, 20, seed=7, columns=4), expected)
+    for draws_at_once in (1, 36, 239):  # one, three and nineteen resamples of 12 images at a time
+        np.testing.assert_array_equal(resampled_sums(counts, 20, seed=7, draws_at_once=draws_at_once), expected)
     assert draws.sum(1).tolist() == [12] * 20
 
 

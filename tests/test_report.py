@@ -1,5 +1,6 @@
 """`report.html`: rendered and clicked through in headless Chromium, without any request; pictures and data in it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from madm_utils.comparison import Evaluation, compare
 from madm_utils.evaluated_models import EvaluatedModel
 from madm_utils.measurement import ImageCounts, Measurement, metrics_of
 from madm_utils.metrics import class_counts, confusion_matrix
-from madm_utils.report import write_report
+from madm_utils.report import report_data, write_report
 from madm_utils.sample_pictures import CORRECT, NOT_LABELLED, NUM_WORST, WRONG, Sample, SampleKeeper, error_map
 from madm_utils.tasks import TASKS
 
@@ -62,13 +63,17 @@ def evaluation(name: str, wrong: float, num_images: int = 14, task=TASK, shown=(
 
 
 NASTY = "</script><b>bold"
+LABEL, FIRST, SECOND = 1, 2, 3
+"""Panes by their place; the input is 0."""
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """A comparison of two models of one split and one of another, one of them with a name that is HTML."""
-    other = evaluation("event", 0.9, 3, TASKS["synthetic_to_event"], shown=())
-    evaluations = [evaluation("early", 0.8), evaluation(NASTY, 0.3, shown=(0, 2, 5)), other]
+    """A comparison of two models of one split and one of another, with names that are HTML, a pane's or a number."""
+    task = TASKS["synthetic_to_event"]
+    task = dataclasses.replace(task, class_names=tuple("7" if n == "fence" else n for n in task.class_names))
+    other = evaluation("event", 0.9, 3, task, shown=())
+    evaluations = [evaluation("label", 0.8), evaluation(NASTY, 0.3, shown=(0, 2, 5)), other]
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, evaluations, compare(evaluations))
     return path
@@ -84,11 +89,11 @@ def opened(page, report: Path, image: str = "test/street 0.png"):
     return page
 
 
-def painted(page, pane: str) -> np.ndarray:
+def painted(page, pane: int) -> np.ndarray:
     """RGBA of the class colours in a pane, (48, 48, 4)."""
     values = page.evaluate(
-        "(pane) => [...[...document.querySelectorAll('#panes figure')].find((f) => f.dataset.pane === pane)"
-        ".querySelector('canvas').getContext('2d').getImageData(0, 0, 48, 48).data]",
+        "(pane) => [...document.querySelector(`#panes figure[data-pane='${pane}'] canvas`)"
+        ".getContext('2d').getImageData(0, 0, 48, 48).data]",
         pane,
     )
     return np.array(values, np.uint8).reshape(48, 48, 4)
@@ -98,7 +103,7 @@ def test_it_renders_without_errors_or_requests(page, report):
     opened(page, report)
     assert page.problems == []
     assert page.locator("h1").inner_text() == "Comparison of 3 models"
-    assert first_column(page, "#score-table") == ["early", NASTY, "event"]  # names are text, whatever they hold
+    assert first_column(page, "#score-table") == ["label", NASTY, "event"]  # names are text, whatever they hold
     assert page.locator("#panes figure").count() == 4
     assert first_column(page, "#condition-tables > .scroll:nth-child(2)") == ["fog", "night"]
     assert page.locator("#reliability svg").count() == 3
@@ -111,16 +116,17 @@ def test_it_renders_without_errors_or_requests(page, report):
 def test_tables_sort_by_any_column(page, report):
     opened(page, report)
     page.click("#score-table th:has-text('pAcc') button")
-    assert first_column(page, "#score-table") == [NASTY, "early", "event"]
+    assert first_column(page, "#score-table") == [NASTY, "label", "event"]
     page.click("#score-table th:has-text('pAcc') button")
-    assert first_column(page, "#score-table") == ["event", "early", NASTY]
+    assert first_column(page, "#score-table") == ["event", "label", NASTY]
     assert page.locator("#score-table th[aria-sort='ascending']").inner_text() == "pAcc"
     classes = first_column(page, "#class-table")
+    assert classes == [*TASK.class_names, "7", "wall"]  # as listed, also those that are numbers
     page.click("#class-table th:first-child button")
     assert first_column(page, "#class-table") == sorted(classes) != classes
     page.click("#class-table th:nth-child(2) button")
-    # "fence" and "wall" are no classes of the first model: what is not defined is last
-    assert set(first_column(page, "#class-table")[-2:]) == {"fence", "wall"}
+    # "7" and "wall" are no classes of the first model: what is not defined is last
+    assert set(first_column(page, "#class-table")[-2:]) == {"7", "wall"}
     assert page.problems == []
 
 
@@ -128,22 +134,23 @@ def test_viewer_shows_classes_and_errors_of_every_model(page, report):
     opened(page, report)
     label = label_of(0).numpy()
     colours = np.array([*TASK.palette, *[(0, 0, 0)] * (256 - TASK.num_classes)], np.uint8)[label]
-    np.testing.assert_array_equal(painted(page, "label")[..., :3], colours)
+    np.testing.assert_array_equal(painted(page, LABEL)[..., :3], colours)
     page.keyboard.press("e")
     assert page.locator("#errors").is_checked()
-    errors = painted(page, "early")[..., :3]
+    errors = painted(page, FIRST)[..., :3]
     assert set(map(tuple, errors.reshape(-1, 3).tolist())) == {CORRECT, WRONG, NOT_LABELLED}
     assert (errors[label == 255] == 0).all()
-    np.testing.assert_array_equal(painted(page, "label")[..., :3], colours)
+    np.testing.assert_array_equal(painted(page, LABEL)[..., :3], colours)
     page.keyboard.press("e")
 
     chosen = int(label[30, 20])
     page.click(f"#legend button:has-text('{TASK.class_names[chosen]}')")
     page.mouse.move(5, 5)
-    np.testing.assert_array_equal(painted(page, "label")[..., 3], np.where(label == chosen, 0, 255))
-    page.hover("#panes figure[data-pane='label'] .frame", position={"x": 10, "y": 150})
-    assert "early: " in page.locator("#readout").inner_text()
-    page.click("#panes figure[data-pane='label'] .frame")
+    np.testing.assert_array_equal(painted(page, LABEL)[..., 3], np.where(label == chosen, 0, 255))
+    page.hover(f"#panes figure[data-pane='{LABEL}'] .frame", position={"x": 10, "y": 150})
+    assert page.locator("#readout").inner_text().count("label: ") == 2  # the label and the model of that name
+    assert f"{NASTY}: " in page.locator("#readout").inner_text()
+    page.click(f"#panes figure[data-pane='{LABEL}'] .frame")
     assert "zoomed" in page.locator("#panes").get_attribute("class")
     assert page.problems == []
 
@@ -152,7 +159,7 @@ def test_images_and_models_change_by_key_mouse_and_list(page, report):
     opened(page, report)
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("#panes[data-image='test/street 2.png']")
-    assert "Not kept" in page.locator("#panes figure[data-pane='early']").inner_text()
+    assert "Not kept" in page.locator(f"#panes figure[data-pane='{FIRST}']").inner_text()
     assert page.locator("#panes canvas").count() == 2  # of the label and of the model that was asked for it
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
@@ -162,8 +169,10 @@ def test_images_and_models_change_by_key_mouse_and_list(page, report):
     page.select_option("#image", label="test/street 5.png (night)")
     page.wait_for_selector("#panes[data-image='test/street 5.png']")
 
-    page.uncheck("#panes-choice input[value='early']")
+    page.uncheck(f"#panes-choice input[value='{FIRST}']")
     assert page.locator("#panes figure:visible").count() == 3
+    assert not page.locator(f"#panes figure[data-pane='{FIRST}']").is_visible()
+    assert page.locator(f"#panes figure[data-pane='{LABEL}']").is_visible()
     page.keyboard.press("3")
     assert page.locator("#panes figure:visible").count() == 4
     page.keyboard.press("9")
@@ -173,10 +182,26 @@ def test_images_and_models_change_by_key_mouse_and_list(page, report):
     page.wait_for_selector("#panes[data-image='test/street 12.png']")
     assert page.locator("#set").input_value() == "0"
     page.select_option("#group", label="synthetic_event, test split")
-    page.wait_for_selector("#panes figure[data-pane='event']")
+    page.wait_for_selector("#panes figure[data-pane='2']:has-text('event')")
     assert page.locator("#panes figure").count() == 3
     page.select_option("#confusion-model", label="event")
     assert page.locator("#confusion-table tbody tr").count() == 11
+    assert page.problems == []
+
+
+def test_chosen_classes_have_an_interval_and_a_difference(page, tmp_path):
+    evaluations = [evaluation("early", 0.8, 3, shown=(0,)), evaluation("late", 0.3, 3, shown=(0,))]
+    comparison = compare(evaluations, ["car", "road"])
+    write_report(tmp_path / "report.html", evaluations, comparison)
+    opened(page, tmp_path / "report.html")
+    late = comparison["models"][1]
+    cells = page.locator("#score-table tbody tr >> nth=1").locator("td").all_inner_texts()
+    low, high = late["classes_interval"]
+    assert cells[3] == f"{late['classes_miou']:.2f} [{low:.2f}, {high:.2f}]"
+    assert cells[4].startswith(f"+{late['classes_difference']['difference']:.2f} [")
+    heads = page.locator("#score-table thead th").all_inner_texts()
+    assert heads[3].startswith("mIoU of 2 classes") and heads[4].startswith("mIoU of 2 classes − early")
+    assert first_column(page, "#class-table") == ["car", "road"]
     assert page.problems == []
 
 
@@ -189,6 +214,15 @@ def test_theme_and_opacity(page, report):
     opacity = "getComputedStyle(document.querySelector('canvas.colours')).opacity"
     assert page.evaluate(opacity) == "0.3"
     assert page.problems == []
+
+
+def test_groups_of_one_split_are_told_apart_by_their_models():
+    one = evaluation("one", 0.8, 2)
+    other = dataclasses.replace(one, model=dataclasses.replace(one.model, name="other"), data="other")
+    event = evaluation("event", 0.9, 2, TASKS["synthetic_to_event"])
+    names = [group["name"] for group in report_data([one, other, event], compare([one, other, event]))["groups"]]
+    split = "synthetic_infrared, test split"
+    assert names == [f"{split} (one)", f"{split} (other)", "synthetic_event, test split"]
 
 
 def test_file_holds_nothing_to_fetch_and_its_data_cannot_end_the_script(report):
