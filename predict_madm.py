@@ -21,6 +21,7 @@ command again. An image that cannot be read is reported, the others are still do
 """
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,13 +46,14 @@ from madm_utils.prediction_files import (
     is_done,
     legend,
     model_digest,
+    plan_job,
     plan_outputs,
     prediction_files,
     settings_digest,
     write_json,
 )
 from madm_utils.prediction_report import Processes, Report
-from madm_utils.prediction_streams import Writer, read_ahead
+from madm_utils.prediction_streams import MAX_PIXELS, Writer, read_ahead
 from madm_utils.storage import HubStorage, Storage, open_input, open_output, open_storage
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with accelerator.autocast():
             report = predict(plan, args, target, predictor, palette, processes)
         report = processes.gather(report)
+    elif processes.is_main and plan.legend:
+        write_json(target, LEGEND_FILE, plan.legend)
     # The report of the main process has it all. Another code would make a launcher end that process at once.
     code = 0
     if processes.is_main or report.missing:
@@ -139,6 +143,8 @@ class Plan:
     """All that decides about the result, beside the image."""
     digest: str
     """Of `settings`."""
+    legend: dict[int, dict[str, Any]]
+    """What is missing though all images are done; else empty."""
 
 
 def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
@@ -151,7 +157,8 @@ def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
         target.check_writable()
     source, files = open_input(args.input, "--input")
     outputs = plan_outputs(source, files, target)
-    settings = describe_settings(args)
+    folders = model_folders(args)
+    settings = describe_settings(args, folders)
     there = target.files()
     if not args.overwrite:
         check_same_settings(target, there, settings)
@@ -164,17 +171,27 @@ def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
     if not args.overwrite:
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
             skip = {name for name, known in zip(outputs, pool.map(done, outputs), strict=True) if known}
-    jobs = [Job(name, output, f"{output}_label.png" in there) for name, output in outputs.items() if name not in skip]
-    return Plan(str(source), jobs, len(skip), settings, digest)
+    jobs = [plan_job(name, outputs[name], files[name], there) for name in outputs if name not in skip]
+    missing = {} if jobs or LEGEND_FILE in there else read_legend(folders[0])
+    return Plan(str(source), jobs, len(skip), settings, digest, missing)
 
 
-def describe_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All that decides about the result of an image. The number of processes does not, nor where the base model lies:
-    the models know which one it has to be."""
+def read_legend(folder: Path) -> dict[int, dict[str, Any]]:
+    """The legend of a model that has predicted before, without loading it."""
+    from madm_utils.modeling_madm import CONFIG_NAME
+    from madm_utils.tasks import task_from_dict
+
+    path = folder / CONFIG_NAME
+    task = task_from_dict(json.loads(path.read_text(encoding="utf-8"))["task"], where=str(path))
+    return legend(task.class_names, task.palette)
+
+
+def model_folders(args: argparse.Namespace) -> list[Path]:
+    """Where the files of the models are, one model in each folder."""
     from madm_utils.base_model import local_folder
     from madm_utils.modeling_madm import CONFIG_NAME, adapter_folders
 
-    digests = []
+    found = []
     for path in args.model_path:
         folders = adapter_folders(path)
         if len(folders) > 1:
@@ -182,11 +199,16 @@ def describe_settings(args: argparse.Namespace) -> dict[str, Any]:
                 f"--model_path {path} holds models for {', '.join(folders)}; give one of them: "
                 f"{', '.join(map(str, folders.values()))}"
             )
-        folder = next(iter(folders.values()), None) or local_folder(path, expected=CONFIG_NAME)
-        digests.append(model_digest(folder, args.weights))
+        found.append(next(iter(folders.values()), None) or local_folder(path, expected=CONFIG_NAME))
+    return found
+
+
+def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict[str, Any]:
+    """All that decides about the result of an image. The number of processes does not, nor where the base model lies:
+    the models know which one it has to be."""
     settings = inference_settings(args)
     return {
-        "models": digests,
+        "models": [model_digest(folder, args.weights) for folder in folders],
         "weights": args.weights,
         "mixed_precision": args.mixed_precision,
         "window": settings.window,
@@ -252,16 +274,22 @@ def predict(
 def batches(
     pictures: Iterable[tuple[Job, Picture | UserError]], size: int, writer: Writer
 ) -> Iterator[list[tuple[Job, Picture]]]:
-    """Readable images, `size` at a time."""
+    """Readable images, `size` at a time, fewer when they are large."""
     batch: list[tuple[Job, Picture]] = []
+    num_pixels = 0
     for job, picture in pictures:
         if isinstance(picture, UserError):
             writer.fail(job, str(picture))
-        else:
-            batch.append((job, picture))
+            continue
+        more = picture.pixels.width * picture.pixels.height
+        if batch and num_pixels + more > MAX_PIXELS:
+            yield batch
+            batch, num_pixels = [], 0
+        batch.append((job, picture))
+        num_pixels += more
         if len(batch) == size:
             yield batch
-            batch = []
+            batch, num_pixels = [], 0
     if batch:
         yield batch
 
@@ -270,22 +298,33 @@ def segment(
     predictor: "Predictor", batch: list[tuple[Job, Picture]], confidence: bool, source: Storage, writer: Writer
 ) -> Iterator[tuple[Job, Picture, "Prediction"]]:
     """Predictions of a batch; when it fails, each image alone, so that one does not take the others with it."""
-    import torch
-
     try:
         predictions = predictor([picture.pixels for _, picture in batch], confidence=confidence)
-    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-        if len(batch) > 1:
-            for one in batch:
-                yield from segment(predictor, [one], confidence, source, writer)
-            return
-        ((job, picture),) = batch
-        size = f"{picture.pixels.width}x{picture.pixels.height}"
-        reason = error if isinstance(error, UserError) else f"{size} pixels do not fit into memory; --window bounds it"
-        writer.fail(job, f"{source.address(job.name)}: {reason}")
+    except (UserError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, UserError) else ""
+    else:
+        for (job, picture), prediction in zip(batch, predictions, strict=True):
+            yield job, picture, prediction
         return
-    for (job, picture), prediction in zip(batch, predictions, strict=True):
-        yield job, picture, prediction
+    # Outside of the `except` block: while the error is known, so is its traceback, which holds the batch's tensors.
+    if len(batch) > 1:
+        for one in batch:
+            yield from segment(predictor, [one], confidence, source, writer)
+        return
+    ((job, picture),) = batch
+    size = f"{picture.pixels.width}x{picture.pixels.height}"
+    reason = reason or f"{size} pixels do not fit into memory; --window bounds it"
+    writer.fail(job, f"{source.address(job.name)}: {reason}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a network failed for lack of memory; on a processor torch has no type of its own for that."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------

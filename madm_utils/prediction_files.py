@@ -1,13 +1,15 @@
 """Files of `predict_madm.py`: which images there are, what is written for each, and how a later run knows it is done.
 
 The label image is written last. At its end, in a private chunk that viewers ignore, it has a mark: the digest of the
-image it belongs to, of model and settings, and the sizes of the other files. So an image is done when its label image
-is there with the right mark, whoever wrote it, and nothing else has to be kept or locked.
+image it belongs to and the time of that file, the digest of model and settings, and the sizes of the other files. So
+an image is done when its label image is there with the right mark, whoever wrote it, and nothing else has to be kept
+or locked.
 """
 
 import hashlib
 import io
 import json
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,14 +28,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SUMMARY_FILE, LEGEND_FILE = "summary.json", "legend.json"
 Palette = Sequence[tuple[int, int, int]]
 
-_FORMAT = 1
+_KINDS = ("label", "color", "overlay", "confidence")
+_FORMAT = 2
 """To be increased when the same image, model and settings come to give other files."""
 _CHUNK = b"maDM"  # lower and upper case say: not needed to show the image, private, lost when the image is edited
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 _TAIL = 1024
 _CLOCKS = 60.0
-"""Seconds by which an image must be older than its prediction to be the same without a look inside: storages have
-clocks of their own, and an image may have changed while it was being predicted."""
+"""Seconds for which an image must have been as it is when it was found, so that a change always shows in its time:
+storages have clocks of their own, some of which tick coarsely."""
 _ROWS = 256
 
 
@@ -45,8 +48,23 @@ class Job:
     """In the input folder."""
     output: str
     """Start of its files' names in the output folder, e.g. `sub/street`."""
-    replaces: bool
-    """A label image of that name is there already."""
+    modified: float | None = None
+    """Time of the image's last change; None when it does not tell one state of the image from another."""
+    earlier: tuple[str, ...] = ()
+    """Files of an earlier prediction that are there, the label image first."""
+
+
+def plan_job(name: str, output: str, entry: Entry, there: Mapping[str, Entry]) -> Job:
+    """What is to be done for an image that was found just before.
+
+    Args:
+        name, entry: the image.
+        output: start of its files' names.
+        there: what the output folder holds.
+    """
+    settled = entry.modified is not None and entry.modified + _CLOCKS < time.time()
+    earlier = tuple(file for kind in _KINDS if (file := f"{output}_{kind}.png") in there)
+    return Job(name, output, entry.modified if settled else None, earlier)
 
 
 # --- which images ----------------------------------------------------------------------------------------------------
@@ -55,7 +73,8 @@ class Job:
 def plan_outputs(source: Storage, files: Iterable[str], target: Storage) -> dict[str, str]:
     """Map every image among `files` of `source` to the start of its outputs' names, e.g. `sub/street`.
 
-    Earlier predictions are no inputs: an output folder inside the input folder is not searched.
+    Predictions are no inputs: neither the output folder nor that of an earlier run is searched inside the input
+    folder. Earlier runs are told of.
 
     Raises:
         UserError: no images, the output folder is the input folder, or two images would write the same files.
@@ -66,10 +85,17 @@ def plan_outputs(source: Storage, files: Iterable[str], target: Storage) -> dict
             f"--output_dir {target} is the input folder: the next run would take its predictions for images; "
             "give another folder (one inside the input folder will do)"
         )
+    without = (f"{own}/",) if own else ()
+    predicted = _prediction_folders(source, [name for name in files if not name.startswith(without)])
+    if "" in predicted:
+        raise UserError(f"--input {source} holds predictions ({SUMMARY_FILE}); give the folder of the images")
+    if predicted:
+        print(f"left out of --input: the predictions in {', '.join(map(source.address, predicted))}")
+    without += tuple(f"{folder}/" for folder in predicted)
     outputs = {}
     for name in files:
         path = PurePosixPath(name.split("?")[0] if str(source).startswith("http") else name)
-        if path.suffix.lower() in SUFFIXES and not (own and name.startswith(f"{own}/")):
+        if path.suffix.lower() in SUFFIXES and not name.startswith(without):
             outputs[name] = str(path.with_suffix(""))
     if not outputs:
         raise UserError(f"--input {source} holds no images; looked for {' '.join(SUFFIXES)} in it and its sub-folders")
@@ -81,6 +107,22 @@ def plan_outputs(source: Storage, files: Iterable[str], target: Storage) -> dict
             "them or predict them into separate folders"
         )
     return outputs
+
+
+def _prediction_folders(source: Storage, files: Iterable[str]) -> list[str]:
+    """Folders of `source`, "" being itself, to which a run has written its summary."""
+    summaries = [name for name in files if name.rsplit("/", 1)[-1] == SUMMARY_FILE]
+    return [name[: -len(SUMMARY_FILE)].rstrip("/") for name in summaries if _read_summary(source, name) is not None]
+
+
+def _read_summary(folder: Storage, name: str) -> dict[str, Any] | None:
+    """The summary of a run; None when the file is something else."""
+    try:
+        summary = json.loads(folder.read(name))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    ours = isinstance(summary, dict) and {"model_path", "skipped", "versions"} <= summary.keys()
+    return summary if ours and isinstance(summary.get("settings"), dict) else None
 
 
 def _inside(source: Storage, target: Storage) -> str | None:
@@ -123,11 +165,10 @@ def check_same_settings(target: Storage, there: Mapping[str, Entry], settings: M
     """
     if SUMMARY_FILE not in there:
         return
-    where = target.address(SUMMARY_FILE)
-    try:
-        before = dict(json.loads(target.read(SUMMARY_FILE))["settings"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{where} was not written by this script; give another --output_dir") from None
+    summary = _read_summary(target, SUMMARY_FILE)
+    if summary is None:
+        raise UserError(f"{target.address(SUMMARY_FILE)} was not written by this script; give another --output_dir")
+    before = summary["settings"]
     now = json.loads(json.dumps(settings))  # as they are after being read: tuples are lists
     names = [*now, *(name for name in before if name not in now)]
     differences = [
@@ -165,7 +206,7 @@ def is_done(
         return False
     if entry.sha256 is not None:
         return entry.sha256 == mark["image"]
-    if entry.modified is not None and label.modified is not None and entry.modified + _CLOCKS < label.modified:
+    if entry.size is not None and entry.modified is not None and entry.modified == mark["modified"]:
         return True
     try:
         return hashlib.sha256(source.read(name)).hexdigest() == mark["image"]
@@ -197,6 +238,8 @@ class Picture:
     """Of the file."""
     num_bytes: int
     """Of the file."""
+    modified: float | None
+    """Of the file; see `Job`."""
 
 
 class _Named(io.BytesIO):
@@ -210,7 +253,7 @@ class _Named(io.BytesIO):
         return self.address
 
 
-def read_picture(source: Storage, name: str) -> Picture:
+def read_picture(source: Storage, job: Job) -> Picture:
     """Read an image.
 
     Raises:
@@ -218,11 +261,12 @@ def read_picture(source: Storage, name: str) -> Picture:
     """
     from madm_utils.images import read_image
 
-    content = source.read(name)
+    where = source.address(job.name)
+    content = source.read(job.name)
     if not content:
-        raise UserError(f"{source.address(name)}: cannot be read as an image (the file is empty)")
-    pixels = read_image(_Named(content, source.address(name)))
-    return Picture(pixels, hashlib.sha256(content).hexdigest(), len(content))
+        raise UserError(f"{where}: cannot be read as an image (the file is empty)")
+    pixels = read_image(_Named(content, where))
+    return Picture(pixels, hashlib.sha256(content).hexdigest(), len(content), job.modified)
 
 
 def prediction_files(
@@ -264,6 +308,7 @@ def prediction_files(
     mark = {
         "image": picture.sha256,
         "bytes": picture.num_bytes,
+        "modified": picture.modified,
         "run": run,
         "files": {kind: len(content) for kind, content in files.items()},
     }

@@ -17,31 +17,37 @@ from madm_utils.storage import Storage, Unwritable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-PIXELS_WAITING = 64_000_000
-"""As many pixels may wait to be predicted, and as many to be written, one image being allowed whatever its size."""
+MAX_PIXELS = 64_000_000
+"""As many pixels may wait for the model, be in its hands, and wait to be written, each; one image always may."""
 
 
 def read_ahead(
     source: Storage, jobs: Sequence[Job], pool: ThreadPoolExecutor, number: int
 ) -> Iterator[tuple[Job, Picture | UserError]]:
-    """Images in order, or why they cannot be read; `number` of them are read ahead, fewer when they are large."""
+    """Images in order, or why they cannot be read.
+
+    At most `number` of them are read ahead: one at first, more when their sizes are known and not too large.
+    """
     waiting: deque[tuple[Job, Future[Picture]]] = deque()
-    largest = 1
+    largest, taken = 1, 0
 
     def oldest() -> tuple[Job, Picture | UserError]:
-        nonlocal largest
+        nonlocal largest, taken
         job, future = waiting.popleft()
+        taken += 1
         try:
             picture = future.result()
         except UserError as error:
             return job, error
+        except MemoryError:
+            return job, UserError(f"{source.address(job.name)}: does not fit into memory")
         largest = max(largest, picture.pixels.width * picture.pixels.height)
         return job, picture
 
     try:
         for job in jobs:
-            waiting.append((job, pool.submit(read_picture, source, job.name)))
-            while len(waiting) > min(number, PIXELS_WAITING // largest):
+            waiting.append((job, pool.submit(read_picture, source, job)))
+            while len(waiting) > min(number, taken + 1, MAX_PIXELS // largest):
                 yield oldest()
         while waiting:
             yield oldest()
@@ -85,22 +91,26 @@ class Writer:
     def write(self, job: Job, num_pixels: int, make: Callable[[], dict[str, bytes]]) -> None:
         """Have `make` give the files of an image of so many pixels, and write them; waits while too many wait."""
         while self._waiting and (
-            self._waiting[0][2].done()
-            or len(self._waiting) >= self._limit
-            or self._pixels + num_pixels > PIXELS_WAITING
+            self._waiting[0][2].done() or len(self._waiting) >= self._limit or self._pixels + num_pixels > MAX_PIXELS
         ):
             self._settle()
         self._waiting.append((job, num_pixels, self._pool.submit(self._work, job, make)))
         self._pixels += num_pixels
 
     def fail(self, job: Job, reason: str) -> None:
-        """Note that an image could not be predicted."""
+        """Note that an image could not be predicted; what is there from before is not of this image and goes."""
+        try:
+            self._target.write({}, job.earlier)
+        except Unwritable as error:
+            self._stop(error)
+        except UserError as error:
+            reason = f"{reason}; an earlier prediction of it is still there: {error}"
         self._report.failed[job.name] = reason
         self._progress.write(f"error: {reason}", file=sys.stderr)
         self._progress.update()
 
     def _work(self, job: Job, make: Callable[[], dict[str, bytes]]) -> None:
-        self._target.write(make(), job.replaces)
+        self._target.write(make(), job.earlier)
 
     def _settle(self) -> None:
         """Wait for the oldest image."""
@@ -112,6 +122,8 @@ class Writer:
             self._stop(error)
         except UserError as error:
             self.fail(job, str(error))
+        except MemoryError:
+            self.fail(job, f"{self._target.address(job.output)}: its files do not fit into memory")
         else:
             self._report.done += 1
             self._progress.update()

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -88,20 +88,22 @@ class LocalStorage:
         except OSError as error:
             raise UserError(f"{self.address(name)}: cannot be read ({error.strerror})") from None
 
-    def write(self, files: Mapping[str, bytes], replace: bool = False) -> None:
-        """Write files, the last one when the others are complete.
+    def write(self, files: Mapping[str, bytes], earlier: Sequence[str] = ()) -> None:
+        """Write files, the last one when the others are complete, in place of earlier ones.
 
         Args:
             files: name -> content.
-            replace: an older file of the last one's name is removed before any other is written.
+            earlier: names of files that are there. Those without a new content are removed, and so is, before any
+                other is written, the one of the last file's name.
 
         Raises:
             Unwritable: neither these nor any other can be written.
             UserError: these cannot be written.
         """
+        name = ""
         try:
-            if replace:
-                (self.root / list(files)[-1]).unlink(missing_ok=True)
+            for name in _outdated(files, earlier):
+                (self.root / name).unlink(missing_ok=True)
             for name, content in files.items():
                 path = self.root / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +149,12 @@ class RemoteStorage:
                 raise UserError(f"{where}: no such file (any more)") from None
             raise
 
-    def write(self, files: Mapping[str, bytes], replace: bool = False) -> None:
+    def write(self, files: Mapping[str, bytes], earlier: Sequence[str] = ()) -> None:
         try:
-            last = f"{self.root}/{list(files)[-1]}"
-            if replace and patiently(self.url, lambda: self.file_system.exists(last)):
-                patiently(self.url, lambda: self.file_system.rm_file(last))
+            for name in _outdated(files, earlier):
+                where = f"{self.root}/{name}"
+                if patiently(self.address(name), lambda: self.file_system.exists(where)):  # noqa: B023
+                    patiently(self.address(name), lambda: self.file_system.rm_file(where))  # noqa: B023
             for name, content in files.items():
                 self._make_folder(name)
                 where = f"{self.root}/{name}"
@@ -203,34 +206,39 @@ class HubStorage(RemoteStorage):
                 "create USER/NAME --type dataset --private"
             ) from None
 
-    def write(self, files: Mapping[str, bytes], replace: bool = False) -> None:
+    def write(self, files: Mapping[str, bytes], earlier: Sequence[str] = ()) -> None:
         """Take files for the next commit, which has all of them or none."""
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         folder = self._place().path_in_repo
         added = [CommitOperationAdd(f"{folder}/{name}".lstrip("/"), content) for name, content in files.items()]
+        removed = [CommitOperationDelete(f"{folder}/{name}".lstrip("/")) for name in earlier if name not in files]
         try:
-            self._call(self.api.preupload_lfs_files, added)
+            if added:
+                self._call(self.api.preupload_lfs_files, added)
         except DataError as error:
             raise Unwritable(f"cannot write to {self.url}: {error}") from None
         with self._lock:
-            self._waiting += added
+            self._waiting += [*added, *removed]
             due = time.monotonic() - self._last > self._interval or len(self._waiting) >= FILES_PER_COMMIT
         if due:
             self.flush()
 
     def flush(self) -> None:
+        from huggingface_hub import CommitOperationAdd
+
         with self._lock:
             waiting, self._waiting = self._waiting, []
             self._last = time.monotonic()
         if not waiting:
             return
-        message = f"Add {len(waiting)} files of predictions"
+        added = tuple(file.path_in_repo for file in waiting if isinstance(file, CommitOperationAdd))
+        removed = len(waiting) - len(added)
+        message = f"Add {len(added)} files of predictions" + (f", remove {removed}" if removed else "")
         try:
             self._call(self.api.create_commit, waiting, commit_message=message)
         except DataError as error:
-            lost = tuple(file.path_in_repo for file in waiting)
-            raise Unwritable(f"cannot write to {self.url}: {error}", lost) from None
+            raise Unwritable(f"cannot write to {self.url}: {error}", added) from None
 
     def _call(self, request: Any, operations: list[Any], **options: Any) -> None:
         def call() -> None:
@@ -298,6 +306,11 @@ def open_output(address: str, num_processes: int) -> Storage:
     if isinstance(storage, LocalStorage):
         check_writable(storage.root)
     return storage
+
+
+def _outdated(files: Mapping[str, bytes], earlier: Sequence[str]) -> list[str]:
+    """Which of the earlier files must be gone before the first of `files` is written."""
+    return [name for name in earlier if name not in files or name == list(files)[-1]]
 
 
 def _local_entry(path: Path) -> Entry:

@@ -1,14 +1,17 @@
 """`predict_madm.py` on files and folders, good and bad, local and elsewhere, alone and in company."""
 
 import errno
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,13 +27,13 @@ from PIL import Image
 from tiny_model import write_model
 
 import predict_madm
-from madm_utils import MADMPipeline, prediction_files, storage
+from madm_utils import MADMPipeline, prediction_files, prediction_streams, storage
 from madm_utils.cli import UserError
 from madm_utils.inference import InferenceSettings
+from madm_utils.prediction_files import Job, Picture
 from madm_utils.tasks import TASKS
 from madm_utils.visualization import colorize, overlay
 
-SCRIPT = Path(predict_madm.__file__)
 TASK = TASKS["synthetic_to_depth"]
 KINDS = ("label", "color", "overlay")
 NOTES = {"legend.json", "summary.json"}
@@ -42,16 +45,12 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def loaded(model):
-    flags = ("--model_path", str(model), "--input", "photos", "--output_dir", "predictions")
-    return predict_madm.load(predict_madm.parse_args(flags), torch.device("cpu"))
-
-
-@pytest.fixture
-def load_once(loaded, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def load_once():
     """Loading takes longer than five small images do."""
-    monkeypatch.setattr(predict_madm, "load", lambda *_: loaded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MADMPipeline, "from_pretrained", functools.cache(MADMPipeline.from_pretrained))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +96,12 @@ def predict(model, source, out, *more) -> int:
     code = predict_madm.main([str(flag) for flag in flags])
     AcceleratorState._reset_state(reset_partial_state=True)
     return code
+
+
+def second_process(flags, environment, log) -> None:
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = open(log, "w")
+    sys.exit(predict_madm.main([str(flag) for flag in flags]))
 
 
 def read(path: Path) -> np.ndarray:
@@ -184,8 +189,9 @@ def test_several_models_are_an_ensemble(model, photos, tmp_path):
     config = json.loads((other / "madm_config.json").read_text())
     config["task"]["class_names"] = [*config["task"]["class_names"][:-1], "kerb"]
     (other / "madm_config.json").write_text(json.dumps(config))
+    kerb = other.rename(tmp_path / "kerb")
     with pytest.raises(UserError, match=r"ensemble needs equal classes.*kerb"):
-        predict([model, other], photos / "c.webp", tmp_path / "mixed")
+        predict([model, kerb], photos / "c.webp", tmp_path / "mixed")
 
 
 def test_results_depend_on_nothing_but_the_image(model, photos, tmp_path, capsys, monkeypatch):
@@ -205,18 +211,19 @@ def test_results_depend_on_nothing_but_the_image(model, photos, tmp_path, capsys
         probe.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **place}  # as launchers do
-    command = [sys.executable, SCRIPT, *flags]
-    second = subprocess.Popen(
-        command, env={**os.environ, **launched, "RANK": "1", "LOCAL_RANK": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    log = tmp_path / "log"
+    second = multiprocessing.get_context("fork").Process(
+        target=second_process, args=(flags, {**launched, "RANK": "1", "LOCAL_RANK": "1"}, log)
+    )
+    second.start()
     # Should the other one fail at its start, this one would wait for it for half an hour.
     monkeypatch.setattr(torch.distributed.distributed_c10d, "default_pg_timeout", timedelta(minutes=3))
     for name, value in {**launched, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert predict(*flags[1::2]) == 1
-    printed, _ = second.communicate()
-    assert second.returncode == 0, printed
+    second.join()
+    printed = log.read_text()
+    assert second.exitcode == 0, printed
     said = capsys.readouterr()
     assert "5 of 7 images predicted, 2 failed" in said.out and "predicted" not in printed
     for name in ("broken.png: cannot be read", "d.png: cannot be read as an image (the file is empty)"):
@@ -228,7 +235,7 @@ def test_results_depend_on_nothing_but_the_image(model, photos, tmp_path, capsys
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_skipped_and_nothing_else(model, photos, tmp_path, capsys, monkeypatch, load_once):
+def test_what_is_done_is_skipped_and_nothing_else(model, photos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert predict(model, photos, out) == 0
     expected = pictures(out)
@@ -269,7 +276,7 @@ def test_another_model_or_setting_is_refused_or_redone(model, photos, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_work_in_order(model, photos, tmp_path, capsys, monkeypatch, number, load_once):
+def test_a_signal_ends_the_work_in_order(model, photos, tmp_path, capsys, monkeypatch, number):
     """What was begun is complete, nothing half-written is left, and the same command goes on."""
     out, segment = tmp_path / "out", predict_madm.segment
     count = 0
@@ -283,42 +290,98 @@ def test_a_signal_ends_the_work_in_order(model, photos, tmp_path, capsys, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(predict_madm, "segment", interrupted)
-        assert predict(model, photos, out) == 128 + number
+        assert predict(model, photos / "night", out) == 128 + number
     said = capsys.readouterr()
-    assert "2 of 5 images predicted, 3 left" in said.out
+    assert "2 of 3 images predicted, 1 left" in said.out
     assert f"stopped by {number.name}; the same command goes on where it stopped" in said.err
     assert len(written(out)) == 2 * 3 + 2 and summary(out)["status"] == "interrupted"
-    assert predict(model, photos, out) == 0
-    assert "3 of 5 images predicted, 2 done before" in capsys.readouterr().out
-    assert len(written(out)) == 5 * 3 + 2 and summary(out)["status"] == "complete"
+    assert predict(model, photos / "night", out) == 0
+    assert "1 of 3 images predicted, 2 done before" in capsys.readouterr().out
+    assert len(written(out)) == 3 * 3 + 2 and summary(out)["status"] == "complete"
 
 
-def test_old_images_are_known_without_reading_them(photos, tmp_path, monkeypatch):
-    """An image that is older than its prediction is the same; a younger one is compared by its content."""
+def test_unchanged_images_are_known_without_reading_them(photos, tmp_path, monkeypatch):
+    """An image whose time is that of its prediction is the same; any other is compared by its content."""
     source, target = storage.LocalStorage(photos), storage.LocalStorage(tmp_path / "out")
-    picture = prediction_files.read_picture(source, "a.png")
-    assert picture.sha256 == hashlib.sha256((photos / "a.png").read_bytes()).hexdigest()
-    target.write(
-        prediction_files.prediction_files("a", "run", picture, np.zeros((40, 70), np.uint8), [(1, 2, 3)], 0.5)
-    )
-    entry, there = source.files()["a.png"], target.files()
+    entry = source.files()["a.png"]
+
+    def predicted(modified):
+        picture = prediction_files.read_picture(source, Job("a.png", "a", modified))
+        assert picture.sha256 == hashlib.sha256((photos / "a.png").read_bytes()).hexdigest()
+        label_map = np.zeros((40, 70), np.uint8)
+        target.write(prediction_files.prediction_files("a", "run", picture, label_map, [(1, 2, 3)], 0.5))
+        return picture.sha256
 
     def done(run="run", **changes) -> bool:
         changed = storage.Entry(**{**vars(entry), **changes})
-        return prediction_files.is_done("a", run, source, "a.png", changed, target, there)
+        return prediction_files.is_done("a", run, source, "a.png", changed, target, target.files())
 
+    sha256 = predicted(entry.modified)
     assert done() and not done(run="another run") and not done(size=entry.size + 1)
-    assert done(sha256=picture.sha256) and not done(sha256="0" * 64)
+    assert done(sha256=sha256) and not done(sha256="0" * 64)
+    assert done(modified=entry.modified - 1) and done(modified=None)  # the content is the same
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "read", lambda name: pytest.fail("read"))
+        assert done()
+    content = (photos / "a.png").read_bytes()
     (photos / "a.png").write_bytes(bytes(entry.size))  # of the same size
-    assert not done() and not done(modified=None) and not done(modified=there["a_label.png"].modified - 59)
-    monkeypatch.setattr(source, "read", lambda name: pytest.fail("read"))
-    assert done(modified=there["a_label.png"].modified - 61)
+    assert not any(done(modified=entry.modified + seconds) for seconds in (-100, -1e-3, 1e-3, 100))
+    assert not done(modified=None) and not done(size=None)
+    (photos / "a.png").write_bytes(content)
+    predicted(None)
+    (photos / "a.png").write_bytes(bytes(entry.size))
+    assert not done()
+
+
+def test_only_times_that_tell_changes_are_kept(monkeypatch):
+    monkeypatch.setattr(prediction_files.time, "time", lambda: 1000.0)
+    there = dict.fromkeys(("sub/a_overlay.png", "sub/a_label.png", "sub/a.png"), storage.Entry(1))
+    known = {modified: prediction_files.plan_job("a.png", "sub/a", storage.Entry(1, modified), there) for modified in (
+        939.0, 941.0, 1e9, None)}  # fmt: skip
+    assert [job.modified for job in known.values()] == [939.0, None, None, None]
+    assert known[939.0].earlier == ("sub/a_label.png", "sub/a_overlay.png")
+
+
+def test_a_changed_image_is_predicted_again_however_new_its_label_looks(model, tmp_path, capsys, monkeypatch):
+    """The other image has the same size in bytes, and its label's file was touched after it came."""
+    monkeypatch.setattr(prediction_files, "_CLOCKS", -60.0)  # as if the image had been there for long
+    photo, out = tmp_path / "in" / "a.bmp", tmp_path / "out"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(photo)
+    assert predict(model, photo, out) == 0
+    assert prediction_files.read_mark((out / "a_label.png").read_bytes())["modified"] == photo.stat().st_ctime
+    Image.new("RGB", (8, 8), "blue").save(photo)
+    os.utime(out / "a_label.png", (2e9, 2e9))
+    assert predict(model, photo, out) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.count("1 of 1 images predicted") == 2 and read(out / "a_overlay.png").tolist() != [[[255, 0, 0]] * 8] * 8
+    )
+
+
+def test_nothing_of_an_earlier_prediction_stays_beside_another(model, two_photos, tmp_path):
+    """Neither a file that is not asked for any more, nor the prediction of an image that is broken."""
+    out = tmp_path / "out"
+    assert predict(model, two_photos, out, "--save_confidence") == 0
+    (two_photos / "sub" / "c.webp").write_bytes(b"broken")
+    assert predict(model, two_photos, out, "--overwrite") == 1
+    assert written(out) == {f"a_{kind}.png" for kind in KINDS} | NOTES
+
+
+def test_a_lost_legend_is_written_again(model, two_photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert predict(model, two_photos, out) == 0
+    first = pictures(out)
+    (out / "legend.json").unlink()
+    monkeypatch.setattr(predict_madm, "load", lambda *_: pytest.fail("the model is loaded though all is done"))
+    assert predict(model, two_photos, out) == 0
+    assert pictures(out) == first
 
 
 # --- elsewhere -------------------------------------------------------------------------------------------------------
 
 
-def test_any_address_is_read_and_written(model, two_photos, tmp_path, capsys, load_once):
+def test_any_address_is_read_and_written(model, two_photos, tmp_path, capsys):
     assert predict(model, two_photos, tmp_path / "local") == 0
     expected = pictures(tmp_path / "local")
     memory = fsspec.filesystem("memory")
@@ -342,7 +405,7 @@ def test_any_address_is_read_and_written(model, two_photos, tmp_path, capsys, lo
         predict(model, "memory://photos", "memory://photos")
 
 
-def test_repositories_on_the_hub_are_read_and_written(model, two_photos, tmp_path, capsys, monkeypatch, load_once):
+def test_repositories_on_the_hub_are_read_and_written(model, two_photos, tmp_path, capsys, monkeypatch):
     """Digests of large files come with the list, so that going on reads none of them; commits hold many files."""
     assert predict(model, two_photos, tmp_path / "local") == 0
     for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
@@ -363,14 +426,21 @@ def test_repositories_on_the_hub_are_read_and_written(model, two_photos, tmp_pat
         assert "0 of 2 images predicted, 2 done before" in capsys.readouterr().out
         assert not any("/me/photos/resolve/" in request for request in hub.requests)
 
+        good, files["in/sub/c.webp"] = files["in/sub/c.webp"], b"broken"
+        assert predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run") == 1
+        assert {name for name in target.files if "_" in name} == {f"run/a_{kind}.png" for kind in KINDS}
+        assert "Add 0 files of predictions, remove 3" in target.commits
+        capsys.readouterr()
+
         del target.files["run/a_label.png"]
+        files["in/sub/c.webp"] = good
         hub.fail("POST .*/commit/main", 403)
         monkeypatch.setattr(predict_madm, "write_summary", lambda *_: None)  # its commit would be the one to fail
         with monkeypatch.context() as patch:
             patch.setattr(predict_madm, "write_json", lambda *_: None)
             assert predict(model, "hf://datasets/me/photos/in", "hf://datasets/me/new/run") == 1
         said = capsys.readouterr()
-        assert "0 of 2 images predicted, 1 done before, 1 left" in said.out
+        assert "0 of 2 images predicted, 2 left" in said.out
         assert "error: cannot write to hf://datasets/me/new/run" in said.err
     assert "hf_Secret" not in said.err
 
@@ -378,7 +448,7 @@ def test_repositories_on_the_hub_are_read_and_written(model, two_photos, tmp_pat
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_bad_images_are_reported_and_the_others_done(model, photos, tmp_path, monkeypatch, capfd, load_once):
+def test_bad_images_are_reported_and_the_others_done(model, photos, tmp_path, monkeypatch, capfd):
     """One message for each, naming the file; tiny images and those that Pillow finds suspiciously large are done."""
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     (photos / "night" / "empty.jpg").touch()
@@ -413,7 +483,7 @@ def test_bad_images_are_reported_and_the_others_done(model, photos, tmp_path, mo
     assert set(summary(out)["failed"]) == {"broken.png", "night/empty.jpg", "gone.png", "nan.tif", "enormous.png"}
 
 
-def test_a_failing_image_does_not_take_its_batch_with_it(model, two_photos, tmp_path, monkeypatch, capsys, load_once):
+def test_a_failing_image_does_not_take_its_batch_with_it(model, two_photos, tmp_path, monkeypatch, capsys):
     load = predict_madm.load
 
     def load_sensitive(*args):
@@ -433,7 +503,7 @@ def test_a_failing_image_does_not_take_its_batch_with_it(model, two_photos, tmp_
     assert f"{two_photos / 'a.png'}: the model's output is not finite" in said.err
 
 
-def test_files_that_cannot_be_written(model, photos, tmp_path, monkeypatch, capsys, load_once):
+def test_files_that_cannot_be_written(model, photos, tmp_path, monkeypatch, capsys):
     """One sub-folder fails alone; a full disk ends the work, which says how to go on."""
     out = tmp_path / "out"
     out.mkdir()
@@ -461,12 +531,125 @@ def test_files_that_cannot_be_written(model, photos, tmp_path, monkeypatch, caps
     assert predict(model, photos, out) == 0
 
 
-def test_own_predictions_are_no_inputs(model, two_photos, load_once):
-    out = two_photos / "predictions"
-    assert predict(model, two_photos, out) == 0
-    first = written(out)
-    assert predict(model, two_photos, out, "--overwrite") == 0
-    assert written(out) == first
+def test_predictions_are_no_inputs(model, two_photos, capsys):
+    """Neither those of this run nor those of earlier ones; a file that only has the summary's name says nothing."""
+    (two_photos / "a.png").unlink()
+    (two_photos / "sub" / "summary.json").write_text('{"settings": {}}')
+    ours, other = two_photos / "predictions", two_photos / "sub" / "more"
+    assert predict(model, two_photos, ours) == 0
+    first = written(ours)
+    assert predict(model, two_photos, other) == 0
+    assert predict(model, two_photos, ours, "--overwrite") == 0
+    assert written(ours) == written(other) == first
+    said = capsys.readouterr().out
+    assert said.count("1 of 1 images predicted") == 3
+    assert f"left out of --input: the predictions in {ours}\n" in said and f"the predictions in {other}\n" in said
+    with pytest.raises(UserError, match=r"--input .*predictions holds predictions \(summary.json\)"):
+        predict(model, ours, two_photos / "third")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Failures(dict):
+    """In place of a `Writer`: why images failed."""
+
+    def fail(self, job, reason):
+        self[job.name] = reason
+
+
+def batch_of(*sizes) -> list[tuple[Job, Picture]]:
+    return [(Job(f"{k}.png", str(k)), Picture(Image.new("RGB", size), "", 0, None)) for k, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_a_batch_without_room_is_tried_in_parts(error):
+    """After everything that belonged to the whole has been given back."""
+
+    class Tensor:
+        pass
+
+    held = []
+
+    def predictor(images, confidence):
+        assert not any(tensor() for tensor in held)
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        if len(images) > 1 or images[0].width == 9:
+            raise type(error)(*error.args)
+        return ["prediction"]
+
+    failures = Failures()
+    source = storage.LocalStorage(Path("photos"))
+    done = list(predict_madm.segment(predictor, batch_of((8, 8), (9, 7), (8, 8)), False, source, failures))
+    assert [job.name for job, _, _ in done] == ["0.png", "2.png"] and len(held) == 4
+    assert failures == {"1.png": "photos/1.png: 9x7 pixels do not fit into memory; --window bounds it"}
+
+
+def test_other_errors_of_a_network_are_not_taken_for_a_lack_of_memory():
+    def predictor(images, confidence):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert predict_madm.is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        list(predict_madm.segment(predictor, batch_of((8, 8)), False, storage.LocalStorage(Path()), Failures()))
+
+
+def test_an_image_whose_files_need_too_much_memory_fails_alone(model, two_photos, tmp_path, monkeypatch, capsys):
+    """While it is read, or while its predictions are compressed."""
+
+    def without_room(function, name):
+        def limited(*args):
+            if name in map(str, args) or any(getattr(arg, "name", "") == name for arg in args):
+                raise MemoryError
+            return function(*args)
+
+        return limited
+
+    for module, function, name, place in (
+        (prediction_streams, "read_picture", "a.png", two_photos / "a.png: does not fit into memory"),
+        (predict_madm, "prediction_files", "sub/c", tmp_path / "out" / "sub" / "c: its files do not fit into memory"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, without_room(getattr(module, function), name))
+            assert predict(model, two_photos, tmp_path / "out", "--overwrite") == 1
+        said = capsys.readouterr()
+        assert "1 of 2 images predicted, 1 failed" in said.out and f"error: {place}\n" in said.err
+
+
+def test_batches_and_what_waits_are_bounded_in_pixels(monkeypatch, photos):
+    for module in (predict_madm, prediction_streams):
+        monkeypatch.setattr(module, "MAX_PIXELS", 3000)
+    pictures = [
+        *batch_of((10, 100), (20, 100), (1, 1), (100, 100), (1, 1), (1, 1), (1, 1)),
+        (Job("x", "x"), UserError("!")),
+    ]
+    failures = Failures()
+    batches = predict_madm.batches(pictures, 2, failures)
+    assert [[job.name[0] for job, _ in batch] for batch in batches] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
+    assert failures == {"x": "!"}
+
+    class Pool(ThreadPoolExecutor):
+        submitted = 0
+
+        def submit(self, *args):
+            self.submitted += 1
+            return super().submit(*args)
+
+    jobs = [Job("night/late/b.jpg", "b")] * 10  # 33 * 33 pixels: two of them wait
+    with Pool(1) as pool:
+        ahead = prediction_streams.read_ahead(storage.LocalStorage(photos), jobs, pool, 5)
+        waiting = [pool.submitted - taken for taken, _ in enumerate(ahead, 1)]
+    assert waiting == [1, 2, 2, 2, 2, 2, 2, 2, 1, 0]
 
 
 def test_equal_names_in_one_folder_are_refused(model, photos, tmp_path):
@@ -479,9 +662,12 @@ def test_equal_names_in_one_folder_are_refused(model, photos, tmp_path):
 def test_wrong_places_are_named_and_nothing_is_written(model, photos, tmp_path):
     out, empty, several = tmp_path / "out", tmp_path / "empty", tmp_path / "several"
     empty.mkdir()
+    config = (model / "madm_config.json").read_text()
     for name in ("depth", "event"):
         (several / name).mkdir(parents=True)
-        (several / name / "madm_config.json").touch()
+        (several / name / "madm_config.json").write_text(
+            config.replace('"modality": "depth"', f'"modality": "{name}"')
+        )
     lacking = tmp_path / "lacking"
     shutil.copytree(model, lacking)
     shutil.rmtree(lacking / "segmenter")

@@ -57,7 +57,7 @@ def test_times_of_every_kind_of_storage_are_understood():
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_the_last_file_stands_for_the_others(kind, tmp_path, memory, monkeypatch):
-    """When an older set of files is replaced and that fails, its last file is gone."""
+    """When an older set of files is replaced and that fails, its last file is gone; what is not replaced goes, too."""
     target = LocalStorage(tmp_path) if kind == "local" else RemoteStorage("memory://out", "--output_dir")
     target.write({"sub/color": b"old", "sub/label": b"old"})
     assert {name: target.read(name) for name in target.files()} == {"sub/color": b"old", "sub/label": b"old"}
@@ -70,10 +70,14 @@ def test_the_last_file_stands_for_the_others(kind, tmp_path, memory, monkeypatch
         patch.setattr(storage, "replacing", fail)
         patch.setattr(MemoryFileSystem, "pipe_file", fail)
         with pytest.raises(Unwritable, match="No space left on device"):
-            target.write({"sub/color": b"new", "sub/label": b"new"}, replace=True)
+            target.write({"sub/color": b"new", "sub/label": b"new"}, ["sub/label", "sub/color"])
     assert list(target.files()) == ["sub/color"]
-    target.write({"sub/color": b"new", "sub/label": b"new"}, replace=True)
+    target.write({"sub/color": b"new", "sub/label": b"new"}, ["sub/label", "sub/color", "sub/gone"])
     assert target.read("sub/label") == b"new"
+    target.write({"sub/label": b"newer"}, ["sub/label", "sub/color"])
+    assert {name: target.read(name) for name in target.files()} == {"sub/label": b"newer"}
+    target.write({}, ["sub/label"])
+    assert not target.files()
 
 
 def test_a_web_address_is_one_image():
