@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 MAX_UPLOAD = "100mb"
 MAX_WAITING = 32
 """People in the queue; those who come after are told to try again."""
-CACHE_AGE = 3600
-"""Seconds after which uploads and results are deleted from the disk."""
 EXAMPLES_DIR = Path(__file__).resolve().parent / "space" / "examples"
 EXAMPLES = {name: EXAMPLES_DIR / f"{name}.png" for name in ("depth", "infrared", "event")}
 INTRODUCTION = """# Segmentation of depth, infrared and event images
@@ -45,6 +43,12 @@ CSS = """
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text}")
+    return int(text)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -55,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", help="where the models run, e.g. cuda:1 or cpu [a GPU when there is one]")
     parser.add_argument("--server_name", help="address to listen on, 0.0.0.0 for all [127.0.0.1: this machine only]")
-    parser.add_argument("--server_port", type=int, help="port to listen on [the first free one from 7860]")
+    parser.add_argument("--server_port", type=_port, help="port to listen on [the first free one from 7860]")
     parser.add_argument(
         "--share", action="store_true", help="make a public link, which passes through gradio's servers"
     )
@@ -118,6 +122,8 @@ class Events:
 def build_page(models: "AppModels") -> "gr.Blocks":
     import gradio as gr
 
+    from madm_utils.app_files import CACHE_AGE
+
     with gr.Blocks(
         title="MADM", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_AGE // 4, CACHE_AGE)
     ) as page:
@@ -147,6 +153,8 @@ def _build_controls(models: "AppModels") -> None:
                     kind: gr.Button(kind, icon=path, size="sm", min_width=80, elem_classes="example", elem_id=kind)
                     for kind, path in EXAMPLES.items()
                 }
+            for button in examples.values():
+                button.keep_in_cache.add(button.icon["path"])  # `delete_cache` would take it from every visitor
             first = _model_choice(events, "", 0)
             comparing = gr.Checkbox(label="Compare with a second model")
             with gr.Group(visible=False) as second_group:

@@ -42,6 +42,8 @@ def read_image(image: ImageInput) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(image) as opened:
                 opened.load()
+    except MemoryError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{image}: no such file") from None
     except Exception as error:  # Pillow's decoders raise many types on damaged files

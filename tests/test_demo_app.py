@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -28,15 +29,30 @@ from tiny_model import write_model
 
 import demo_app
 from madm_utils import MADMPipeline
-from madm_utils.app_files import read_upload
+from madm_utils.app_files import read_upload, write_downloads
 from madm_utils.app_models import load_models, shown_names
 from madm_utils.app_viewer import DISPLAY_SIDE, Segmentation, message_value, viewer_value
 from madm_utils.cli import UserError
 from madm_utils.scenes import render_scene, scene_seed
 
-chromium, page = browser.chromium, browser.page  # fixtures
+chromium = browser.chromium  # a fixture
 REPOSITORY = Path(demo_app.__file__).parent
 RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])  # viridis
+
+
+START = """
+import gc, runpy, signal
+
+def an_hour_passes(*_):
+    import gradio
+    from gradio.route_utils import delete_files_created_by_app
+    for page in [each for each in gc.get_objects() if isinstance(each, gradio.Blocks)]:
+        assert page.delete_cache == (900, 3600)
+        delete_files_created_by_app(page, age=0)
+
+signal.signal(signal.SIGUSR1, an_hour_passes)
+runpy.run_path("demo_app.py", run_name="__main__")
+"""  # the page as on a Space; SIGUSR1 has gradio clean up as if all it holds were older than the age
 
 
 def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -45,7 +61,7 @@ def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def scene(modality: str, index: int, height: int = 72, width: int = 96) -> np.ndarray:
+def scene(modality: str, index: int, height: int = 48, width: int = 64) -> np.ndarray:
     return render_scene(scene_seed(11, "test", modality, index), modality, height, width)[0]
 
 
@@ -87,7 +103,7 @@ def demo_python():
 
 @pytest.fixture(scope="module")
 def starting_app(demo_python, chromium, hub, models, tmp_path_factory):
-    """Address, process and log of the page, which runs from the files of the Space."""
+    """Address, process, log and folder for temporary files of the page, which runs from the files of the Space."""
     folder, temporary = tmp_path_factory.mktemp("space"), tmp_path_factory.mktemp("temporary")
     for name, content in hub.repos["spaces/me/page"].files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +120,10 @@ def starting_app(demo_python, chromium, hub, models, tmp_path_factory):
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [demo_python, "demo_app.py"], cwd=folder, env=environment, stdout=output, stderr=output
+            [demo_python, "-c", START], cwd=folder, env=environment, stdout=output, stderr=output
         )
     try:
-        yield f"http://127.0.0.1:{port}", process, log
+        yield f"http://127.0.0.1:{port}", process, log, temporary
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=20)
@@ -117,20 +133,38 @@ def starting_app(demo_python, chromium, hub, models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(models, starting_app):
-    """The pipelines themselves, to compare with; loaded while the app starts."""
-    return {name: MADMPipeline.from_pretrained(models[name]) for name in ("several", "alone")}
+    """The pipeline of `several`, to compare with; its depth adapter is `alone`. Loaded while the app starts."""
+    return MADMPipeline.from_pretrained(models["several"])
 
 
 @pytest.fixture(scope="module")
 def app(starting_app, expected):
     """Address of the page, which answers."""
-    address, process, log = starting_app
+    address, process, log, _ = starting_app
     for _ in range(600):
         if process.poll() is not None or answers(address):
             break
         time.sleep(0.2)
     assert process.poll() is None, log.read_text()
     return address
+
+
+@pytest.fixture(scope="module")
+def page(chromium, app):
+    """The page of one visitor, opened once: what a test chooses stays for the next. `problems` as in `browser.page`.
+
+    Drawing costs the processor much: the window is small, and there are no animations.
+    """
+    context = chromium.new_context(viewport={"width": 900, "height": 600}, reduced_motion="reduce")
+    context.set_default_timeout(15_000)
+    page = context.new_page()
+    page.problems = []
+    page.on("console", lambda note: page.problems.append(note.text) if note.type == "error" else None)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.problems.extend(browser._leaving(request.url)))
+    open_page(page, app)
+    yield page
+    context.close()
 
 
 def answers(address: str) -> bool:
@@ -153,11 +187,14 @@ def open_page(page, address):
     page.wait_for_selector("#run")
 
 
-def upload(page, name: str, content: bytes) -> None:
-    # Emptied first: the component takes a file only while it has none.
+def clear(page) -> None:
     if page.get_by_label("Clear").count():
         page.get_by_label("Clear").click()
-    page.wait_for_selector("#viewer .hint")
+        page.wait_for_selector("#viewer .hint")
+
+
+def upload(page, name: str, content: bytes) -> None:
+    clear(page)  # the component takes a file only while it has none
     file = {"name": name, "mimeType": "application/octet-stream", "buffer": content}
     page.locator("#upload input[type=file]").set_input_files(file)
 
@@ -195,11 +232,10 @@ def download(page, button: str) -> tuple[str, np.ndarray]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_result_is_the_pipelines_in_every_view(app, page, expected):
+def test_result_is_the_pipelines_in_every_view(page, expected):
     image = scene("depth", 0)
-    open_page(page, app)
     segment(page, "street.png", png(image))
-    pipe = expected["several"]
+    pipe = expected
     label, confidence = run_pipeline(pipe, "depth", image)
     assert len(np.unique(label)) > 2  # otherwise the comparisons below would prove little
 
@@ -209,7 +245,7 @@ def test_result_is_the_pipelines_in_every_view(app, page, expected):
     assert name == "street_color.png" and np.array_equal(pixels, np.array(pipe.palette, np.uint8)[label])
 
     caption = page.locator("#viewer figcaption").inner_text()
-    assert "several · depth" in caption and "street.png: 96 × 72 pixels" in caption
+    assert "several · depth" in caption and "street.png: 64 × 48 pixels" in caption
     assert re.search(r"model \d+\.\d\d s", caption) and f"mean confidence {100 * confidence.mean():.1f} %" in caption
     legend = page.locator("#viewer .legend label").all_inner_texts()
     assert [line.split("\n")[0] for line in legend] == list(pipe.class_names)
@@ -219,7 +255,11 @@ def test_result_is_the_pipelines_in_every_view(app, page, expected):
 
     # Opacity, classes and views change in the browser alone.
     requests = []
-    page.on("request", lambda request: requests.append(request.url))
+
+    def note(request):
+        requests.append(request.url)
+
+    page.on("request", note)
 
     set_opacity(page, 0)
     base = shown(page)
@@ -246,26 +286,28 @@ def test_result_is_the_pipelines_in_every_view(app, page, expected):
     assert np.abs(shown(page) - heat).max() <= 0.5 + 1e-3
     page.get_by_label("Image only").check()
     assert np.array_equal(shown(page), base)
+    page.remove_listener("request", note)
     assert requests == [] and page.problems == []
 
 
-def test_compares_models_and_modalities(app, page, expected):
+def test_compares_models_and_modalities(page, expected):
     image = scene("infrared", 0)
-    open_page(page, app)
     choose(page, "Modality", "infrared")
     page.get_by_label("Compare with a second model").check()
     assert page.get_by_label("Model to compare with").input_value() == "alone"
     segment(page, "heat.png", png(image), panels=2)
-    first, second = expected["several"], expected["alone"]
-    labels = [run_pipeline(first, "infrared", image)[0], run_pipeline(second, "depth", image)[0]]
+    labels, class_names, palettes = [], [], []
+    for modality in ("infrared", "depth"):
+        labels.append(run_pipeline(expected, modality, image)[0])
+        class_names.append(np.array(expected.class_names))
+        palettes.append(np.array(expected.palette, np.uint8))
     for letter, label in zip("AB", labels, strict=True):
         name, pixels = download(page, f"Label PNG of {letter}")
         assert name == f"heat_{letter}_label.png" and np.array_equal(pixels, label)
     assert download(page, "Colour PNG of B")[0] == "heat_B_color.png"
 
     # The two have different lists of classes: what counts is the name.
-    names = [np.array(pipe.class_names)[label] for pipe, label in zip((first, second), labels, strict=True)]
-    same = names[0] == names[1]
+    same = class_names[0][labels[0]] == class_names[1][labels[1]]
     assert 0 < same.mean() < 1
     assert f"{100 * same.mean():.1f} % of the pixels" in page.locator("#viewer .agreement").inner_text()
     set_opacity(page, 0)
@@ -281,12 +323,12 @@ def test_compares_models_and_modalities(app, page, expected):
     page.get_by_label("Compare with a second model").uncheck()
     segment(page, "heat.png", png(image))
     assert np.array_equal(download(page, "Label PNG")[1], labels[1])
-    assert np.array_equal(shown(page), np.array(second.palette, np.uint8)[labels[1]])
+    assert np.array_equal(shown(page), palettes[1][labels[1]])
     assert page.locator("#download2").count() == 0 and page.problems == []
 
 
-def test_examples_and_messages(app, page, models):
-    open_page(page, app)
+def test_examples_and_messages(page, models):
+    clear(page)
     missing = page.locator("#failures").inner_text()
     assert "Models that could not be loaded" in missing and str(models["broken"]) in missing
 
@@ -310,20 +352,45 @@ def test_examples_and_messages(app, page, models):
     assert download(page, "Label PNG")[1].shape == (1, 1)
 
 
-def test_two_visitors_at_once_get_their_own_results(app, page, chromium, expected):
-    images = [scene("depth", 3), scene("depth", 4, 80, 64)]
-    other = chromium.new_context().new_page()
+def test_two_visitors_at_once_get_their_own_results(app, page, expected):
+    images = [scene("depth", 3), scene("depth", 4, 64, 48)]
+    other = page.context.new_page()
+    open_page(other, app)
+    choose(page, "Model", "several")
+    choose(page, "Modality", "depth")
     for visitor, image in zip((page, other), images, strict=True):
-        open_page(visitor, app)
         upload(visitor, "street.png", png(image))
         visitor.wait_for_selector("#viewer canvas")
     for visitor in (page, other):
         visitor.click("#run")
     for visitor, image in zip((page, other), images, strict=True):
         visitor.wait_for_selector("#viewer .legend")
-        label, _ = run_pipeline(expected["several"], "depth", image)
+        label, _ = run_pipeline(expected, "depth", image)
         assert np.array_equal(download(visitor, "Label PNG")[1], label)
-    other.context.close()
+    other.close()
+
+
+def test_what_an_hour_leaves(page, app, starting_app):
+    _, process, _, temporary = starting_app
+    upload(page, "old.png", png(scene("depth", 0)))
+    page.wait_for_selector("#viewer canvas")
+    assert len(list(temporary.glob("madm-demo-*/*/old.png"))) == 1
+    process.send_signal(signal.SIGUSR1)
+    for _ in range(150):
+        if not list(temporary.glob("madm-demo-*/*/old.png")):
+            break
+        time.sleep(0.1)
+    page.click("#run")
+    alert = page.locator("#viewer [role=alert]")
+    alert.wait_for()
+    assert alert.inner_text() == "old.png was deleted after an hour; choose it again."
+    for kind, path in demo_app.EXAMPLES.items():  # their pictures stay
+        address = urllib.parse.urljoin(app, page.locator(f"#{kind} img").get_attribute("src"))
+        with urllib.request.urlopen(address) as reply:
+            assert reply.read() == path.read_bytes()
+    page.locator("#depth").click()
+    page.wait_for_selector("#viewer canvas")
+    assert page.problems == []
 
 
 def test_only_uploads_and_examples_can_be_fetched(app):
@@ -394,6 +461,12 @@ def test_uploads_that_cannot_be_used(tmp_path, name, content, message):
     assert str(raised.value).startswith(message) and str(tmp_path) not in str(raised.value)
 
 
+def test_upload_that_has_been_deleted(tmp_path):
+    with pytest.raises(UserError) as raised:
+        read_upload(str(tmp_path / "street.png"))
+    assert str(raised.value) == "street.png was deleted after an hour; choose it again."
+
+
 @pytest.mark.parametrize("side", [7072, 20_000])  # 50.01 megapixels, and what Pillow itself refuses
 def test_uploads_that_are_too_large(tmp_path, side):
     path = tmp_path / "large.bmp"
@@ -421,6 +494,18 @@ def test_uploads_of_any_defined_scale(tmp_path, pixels, kind, rgb):
 def result(label_map, class_names, palette, title="model · depth") -> Segmentation:
     label_map = np.array(label_map, np.uint8)
     return Segmentation(title, label_map, np.full(label_map.shape, 0.5, np.float32), class_names, palette, 0.25)
+
+
+def test_results_that_nobody_waited_for_are_deleted(tmp_path):
+    one = result([[0]], ("road",), [(1, 2, 3)])
+    old, new = (Path(write_downloads("a.png", [one], str(tmp_path))[0]).parent for _ in "12")
+    other = tmp_path / "upload"  # gradio's, which cleans up after itself
+    other.mkdir()
+    for folder, age in ((old, 3601), (new, 3500), (other, 3601)):
+        os.utime(folder, (time.time() - age,) * 2)
+    files = write_downloads("a.png", [one], str(tmp_path))
+    assert not old.exists() and new.exists() and other.exists()
+    assert [Path(file).name for file in files] == ["a_label.png", "a_color.png"]
 
 
 def decoded(url: str) -> Image.Image:
@@ -476,3 +561,12 @@ def test_models_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("MADM_MODELS", "me/a  me/b")
     assert demo_app.parse_args([]).model_path == ["me/a", "me/b"]
     assert demo_app.parse_args(["--model_path", "c"]).model_path == ["c"]
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "http"])
+def test_ports_that_do_not_exist(port, capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo_app.parse_args(["--server_port", port])
+    assert ended.value.code == 2
+    assert f"--server_port: expected a number from 1 to 65535, got {port}" in capsys.readouterr().err
+    assert demo_app.parse_args(["--server_port", "65535"]).server_port == 65535
