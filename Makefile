@@ -30,7 +30,7 @@ app: $(DEMO_STAMP)  ## the page to try a model on: make app MODEL=outputs/depth
 	@test -n "$(MODEL)" || { echo "say which model: make app MODEL=outputs/depth (several: MODEL=\"a b\")" >&2; exit 2; }
 	$(DEMO_VENV)/bin/python demo_app.py --model_path $(MODEL)
 
-$(STAMP): requirements.txt requirements-dev.txt requirements-export.txt constraints.txt
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later not found; install it, or say make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt

@@ -6,8 +6,6 @@ import json
 import logging
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from fork_server import run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,7 +29,6 @@ from madm_utils.evaluation import check_validation_split, validate
 from madm_utils.small_model import build_small_stable_diffusion
 from madm_utils.tasks import TASKS
 
-SCRIPT = Path(eval_madm.__file__)
 TASK = TASKS["synthetic_to_depth"]
 FILES = {"metrics.json", "confusion_matrix.csv", "confusion_matrix.png", "pictures", "worst", "report.html"}
 
@@ -185,8 +183,7 @@ def test_an_earlier_evaluation_is_replaced_and_nothing_else(model, data, tmp_pat
 def test_two_processes_write_what_one_writes(model, data, tmp_path):
     evaluate(model, data, tmp_path / "one", "--protocol", "native", "--batch_size", 2)
     command = arguments(model, data, tmp_path / "two", "--protocol", "native", "--batch_size", 2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, SCRIPT, *command], capture_output=True, text=True)
+    done = run_script("eval_madm.py", *command, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     # 5 images in batches of 2: rank 0 has batches 0 and 2 (3 images), which proves that two processes shared the work.
     assert "3/3" in done.stderr and "5/5" not in done.stderr
@@ -471,7 +468,7 @@ def test_adapter_of_another_base(data, tmp_path):
 
 def test_a_folder_that_is_no_model_ends_with_exit_code_2(data, tmp_path):
     command = arguments(data, data, tmp_path / "out")
-    done = subprocess.run([sys.executable, SCRIPT, *command], capture_output=True, text=True)
+    done = run_script("eval_madm.py", *command)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"error: {data} is not a trained model" in done.stderr
 

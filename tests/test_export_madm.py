@@ -203,7 +203,8 @@ def test_folders_that_do_not_fit(model_folder, tmp_path):
         run(model_folder, tmp_path / "out", "torch_export", "--modality", "event")
     for name in ("depth", "event"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "madm_config.json").write_text("{}")
+        config = {"format": 2, "task": {"modality": name}}
+        (tmp_path / "run" / name / "madm_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="holds models of depth, event; choose one with --modality"):
         run(tmp_path / "run", tmp_path / "out", "torch_export")
     with pytest.raises(UserError, match="is not a trained model"):

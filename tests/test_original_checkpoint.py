@@ -299,7 +299,8 @@ def test_folders_that_the_published_code_cannot_use(base, tmp_path):
     model = MADMModel.from_base(base, TASKS["cityscapes_to_deliver_depth"], 64, **WIDTHS)
     model.save_pretrained(tmp_path / "run" / "depth")
     (tmp_path / "run" / "event").mkdir()
-    shutil.copy(tmp_path / "run/depth/madm_config.json", tmp_path / "run/event")
+    config = (tmp_path / "run/depth/madm_config.json").read_text()
+    (tmp_path / "run/event/madm_config.json").write_text(config.replace('"modality": "depth"', '"modality": "event"'))
     for folder, message in (
         (tmp_path / "run", "holds models of depth, event; give one of them"),
         (tmp_path / "run/depth", "trained at 64x64 pixels, .* runs on latents of 64 only"),

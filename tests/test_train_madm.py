@@ -248,7 +248,7 @@ def test_messages_of_the_script(data, tmp_path):
         (train_flags(data, tmp_path / "o", task="unknown"), "error: unknown task 'unknown'"),
         (train_flags(tmp_path / "absent", tmp_path / "o"), "prepare_datasets.py"),
     ):
-        done = script("train_madm.py", *flags, check=False, launcher=PYTHON)
+        done = script("train_madm.py", *flags, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "o").exists()
 
