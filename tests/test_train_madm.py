@@ -89,8 +89,8 @@ def data(tmp_path_factory):
     ],
 )
 def test_every_published_task_end_to_end(name, tuning, raw, tmp_path_factory):
-    """prepare -> two steps -> evaluate -> predict on a tree in the official layout; once with every script started
-    as users do."""
+    """prepare -> two steps -> evaluate -> predict on a tree in the official layout; once with preparation and
+    training started as users do."""
     task, folder = TASKS[name], tmp_path_factory.mktemp(name)
     run = functools.partial(script, launcher=PYTHON if tuning == "full" else ())
     run("prepare_datasets.py", "--task", name, "--raw_dir", raw, "--output_dir", folder / "data", "--verify")
@@ -105,13 +105,13 @@ def test_every_published_task_end_to_end(name, tuning, raw, tmp_path_factory):
         assert record["settings"][key] == value
     assert record["task"]["class_names"] == list(task.class_names) and "torch" in record["versions"]
 
-    run("eval_madm.py", "--model_path", out, "--data_dir", folder / "data", "--output_dir", out / "evaluation")
+    script("eval_madm.py", "--model_path", out, "--data_dir", folder / "data", "--output_dir", out / "evaluation")
     metrics = json.loads((out / "evaluation/metrics.json").read_text())
     assert metrics["task"] == name and metrics["num_images"] == 2
     assert list(metrics["per_class"]) == list(task.class_names)
 
     pictures = next((raw / TARGET_IMAGES[task.modality]).rglob("*.png")).parent
-    run("predict_madm.py", "--model_path", out, "--input", pictures, "--output_dir", out / "predictions")
+    script("predict_madm.py", "--model_path", out, "--input", pictures, "--output_dir", out / "predictions")
     inputs = sorted(pictures.glob("*.png"))
     for path in inputs:
         label = Image.open(out / "predictions" / f"{path.stem}_label.png")
