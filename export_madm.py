@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from madm_utils.args import formatter, positive_int
+from madm_utils.args import add_weights_arguments, formatter, positive_int
 from madm_utils.cli import UserError, parse_early, run
 from madm_utils.files import check_writable, publish_folder, writing
 
@@ -46,14 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--model_path", required=True, help="run folder, checkpoint folder, or id on the Hub")
     group.add_argument("--modality", help="which of the models of a run over several modalities")
-    group.add_argument(
-        "--weights", choices=("student", "teacher"), default="student",
-        help="which segmenter; the published choice is the student",
-    )  # fmt: skip
-    group.add_argument(
-        "--pretrained_model_name_or_path", metavar="BASE",
-        help="base model in place of the one stored with the model, e.g. when its folder has moved",
-    )  # fmt: skip
+    add_weights_arguments(group)
     group = parser.add_argument_group("graph")
     group.add_argument("--format", choices=("onnx", "torch_export"), required=True, help="what to write")
     group.add_argument(

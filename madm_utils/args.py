@@ -110,14 +110,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser, several: str) -> No
         "--model_path", required=True, nargs="+", metavar="PATH",
         help=f"run folder, checkpoint folder, or id on the Hub; {several}",
     )  # fmt: skip
-    group.add_argument(
-        "--weights", choices=("student", "teacher"), default="student",
-        help="which segmenter; the published choice is the student",
-    )  # fmt: skip
-    group.add_argument(
-        "--pretrained_model_name_or_path", metavar="BASE",
-        help="base model in place of the one stored with the model, e.g. when its folder has moved",
-    )  # fmt: skip
+    add_weights_arguments(group)
     group.add_argument(
         "--batch_size", type=positive_int, default=1,
         help="images per forward pass and process in fp16 and bf16; full precision takes one at a time, so that the"
@@ -139,6 +132,18 @@ def add_inference_arguments(parser: argparse.ArgumentParser, several: str) -> No
         "--tta", type=test_time_augmentations, default=(), metavar="LIST",
         help="test-time augmentation, averaged: `flip` (mirrored too, 2 times the work), `scales` (0.75, 1 and 1.25"
         " times the size, 3 times the work), or `flip,scales`",
+    )  # fmt: skip
+
+
+def add_weights_arguments(group) -> None:
+    """Flags that say which weights of a trained model are used, and on which base."""
+    group.add_argument(
+        "--weights", choices=("student", "teacher"), default="student",
+        help="which segmenter; the published choice is the student",
+    )  # fmt: skip
+    group.add_argument(
+        "--pretrained_model_name_or_path", metavar="BASE",
+        help="base model in place of the one stored with the model, e.g. when its folder has moved",
     )  # fmt: skip
 
 
