@@ -28,8 +28,8 @@ from pathlib import Path
 from signal import Signals
 
 from madm_utils import cli
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
+from madm_utils.train_args import parse_train_args, train_parser
 
 # Parsed before the heavy imports, so that `--help` and mistakes on the command line answer at once.
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def build_model(size: str, resolution: int, tuning: str, precision: str, quantiz
 
 def training_settings(model: "MADMModel", *flags: str) -> Namespace:
     """The settings of `train_madm.py` for this model's task, with `flags`."""
-    from madm_utils.args import parse_train_args, train_parser
+    from madm_utils.train_args import parse_train_args, train_parser
 
     required = ["--data_dir", "-", "--output_dir", "-", "--pretrained_model_name_or_path", "-"]
     argv = ["--task", model.task.name, "--unet_tuning", model.unet_tuning, *required, *flags]

@@ -15,12 +15,12 @@ from tiny_model import base_folder, new_model
 from torch import Tensor, nn
 
 import train_madm
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.augmentations import strong_augment
 from madm_utils.distributed import BatchScope, synchronize_statistics
 from madm_utils.heads import recompute_in_backward
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
 from madm_utils.pseudo_labels import palette_table, pseudo_label
+from madm_utils.train_args import parse_train_args, train_parser
 
 IMAGES, CLASSES = 4, 5
 

@@ -14,10 +14,10 @@ from test_train_madm import script, train_flags
 from tiny_model import new_model, write_data
 
 import train_madm
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.distributed import BatchScope, SyncBatchNorm2d, synchronize_statistics
 from madm_utils.pseudo_labels import confident_fraction, palette_table
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 LOSSES = ("source_loss", "lplr_source_loss", "target_loss", "lplr_target_loss")

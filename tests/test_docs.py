@@ -11,9 +11,9 @@ import convert_original_madm
 import eval_madm
 import export_madm
 import predict_madm
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.prepare_args import parse_prepare_args
 from madm_utils.tasks import load_task, task_from_dict
+from madm_utils.train_args import parse_train_args, train_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("recipes/*.sh"))]

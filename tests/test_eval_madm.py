@@ -23,11 +23,11 @@ from tiny_model import RESOLUTION, new_model, write_data, write_model
 
 import eval_madm
 from madm_utils import MADMModel, MADMPipeline
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
 from madm_utils.evaluation import check_validation_split, validate
 from madm_utils.small_model import build_small_stable_diffusion
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 
 TASK = TASKS["synthetic_to_depth"]
 FILES = {"metrics.json", "confusion_matrix.csv", "confusion_matrix.png", "pictures", "worst", "report.html"}

@@ -23,12 +23,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_model import base_folder, new_model, write_data, write_model
 
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
 from madm_utils.hub import _link, versions
 from madm_utils.model_card import update_model_card, write_model_card
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 
 ROOT = Path(__file__).parent.parent
 SYNTHETIC = "synthetic_to_depth"

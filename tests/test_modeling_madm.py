@@ -13,7 +13,6 @@ from tiny_model import RESOLUTION, WIDTHS, base_folder, new_model, write_model
 
 import train_madm
 from madm_utils import base_model
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.base_model import BaseModelReference, base_signature, check_base
 from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
@@ -21,6 +20,7 @@ from madm_utils.modeling_madm import LORA_TARGET_MODULES, MADMModel
 from madm_utils.pseudo_labels import palette_table
 from madm_utils.small_model import build_small_stable_diffusion
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 
 TASK = TASKS["synthetic_to_depth"]
 

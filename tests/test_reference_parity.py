@@ -25,7 +25,6 @@ from PIL import Image
 
 import train_madm
 from madm_utils import augmentations, base_model
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.base_model import BaseModelReference
 from madm_utils.ema import ema_decay, update_teacher
 from madm_utils.label_spaces import deliver_class_ids, lookup_table
@@ -35,6 +34,7 @@ from madm_utils.optimization import build_adamw, lr_scheduler, multistep_factor,
 from madm_utils.original_checkpoint import convert, read_checkpoint
 from madm_utils.pseudo_labels import palette_table
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 from madm_utils.transforms import apply_crop, draw_crop, resize_image, resize_label
 
 ROOT = Path(__file__).parent.parent

@@ -9,10 +9,10 @@ from test_train_madm import RESOLUTION, data, script, train_flags  # noqa: F401 
 from tiny_model import new_model
 
 from madm_utils import MADMPipeline
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
 from madm_utils.modeling_madm import MADMModel, adapter_folders
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import parse_train_args, train_parser
 
 BOTH = ("--task", "synthetic_to_infrared", "--learning_rate", "0.01", "--checkpointing_steps", 1)
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from madm_utils.args import parse_train_args, train_parser
 from madm_utils.cli import UserError
 from madm_utils.tasks import TASKS, load_task
+from madm_utils.train_args import parse_train_args, train_parser
 
 TABLES = {
     "cityscapes_to_deliver_depth": "depth",

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_model import RESOLUTION, base_folder, write_data
 
 import train_madm
-from madm_utils.args import train_parser
 from madm_utils.cli import UserError
 from madm_utils.raw_layouts import write_raw_layouts
 from madm_utils.tasks import TASKS
+from madm_utils.train_args import train_parser
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = ("--projection_channels", "32", "--bottleneck_channels", "32", "--head_channels", "16", "--rank", "4")
