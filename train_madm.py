@@ -19,10 +19,9 @@ same command and `--resume_from_checkpoint latest` (docs/training.md).
 
 import copy
 import logging
-import random
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -35,14 +34,14 @@ from madm_utils.train_args import parse_train_args, train_parser
 if __name__ == "__main__":
     cli.parse_early(lambda: parse_train_args(train_parser(__doc__), None))
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
-from madm_utils.augmentations import class_mix_masks, mix, strong_augment
+from madm_utils.augmentations import mix
 from madm_utils.base_model import BaseModelReference, base_fingerprint
 from madm_utils.checkpointing import (
     check_resume,
@@ -51,11 +50,14 @@ from madm_utils.checkpointing import (
     read_marker,
     remove_unfinished,
 )
+from madm_utils.compilation import compile_model
 from madm_utils.datasets import AdaptationDataset
-from madm_utils.distributed import LOCAL_BATCH, BatchScope, share_statistics, synchronize_statistics
+from madm_utils.distributed import LOCAL_BATCH, BatchScope, host_group, share_statistics, synchronize_statistics
+from madm_utils.draws import Draws, draw
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
 from madm_utils.engines import OptimizerState, build_accelerator
 from madm_utils.evaluation import check_validation_split, validate
+from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.files import writing
 from madm_utils.hub import HubUpload
 from madm_utils.interruption import StopSignals, ignore_stop_signals
@@ -64,7 +66,6 @@ from madm_utils.modeling_madm import MADMModel
 from madm_utils.optimization import build_adamw, lr_scheduler, parameter_groups
 from madm_utils.pseudo_labels import (
     confident_fraction,
-    dplg_timestep,
     palette_image,
     palette_table,
     pseudo_label,
@@ -80,6 +81,7 @@ from madm_utils.run_folder import (
     write_record,
 )
 from madm_utils.segmenter import Segmenter
+from madm_utils.small_decoder import decoder_fingerprint
 from madm_utils.tasks import Task
 from madm_utils.tracking import TrainingLog, banner, check_tracker, summary
 
@@ -87,32 +89,6 @@ logger = get_logger(__name__)
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Draws:
-    """Every random choice of one pass over a batch, except dropout (torch's global generator)."""
-
-    teacher_timestep: int
-    mix_masks: Tensor
-    """(B, H, W) bool, True where the source pixel is pasted."""
-    augment: Callable[[Tensor], Tensor]
-    """Strong augmentation of the mixed images (B, 3, H, W) in [0, 1]."""
-
-
-def draw(source_label: Tensor, step: int, stream: str, args: Namespace, across: BatchScope = LOCAL_BATCH) -> Draws:
-    """Make the draws of one pass. They depend on `stream` (seed, process, step, pass) alone, so a resumed run repeats
-    them without any stored generator. Processes that share a batch draw for all of it and keep what is theirs."""
-    rng = random.Random(stream)
-    torch.manual_seed(rng.getrandbits(63))
-    timestep = dplg_timestep(step, args.dplg_timestep, args.dplg_end_step, rng)
-    labels = across.gather(source_label.byte()).long()
-    masks = class_mix_masks(labels, np.random.default_rng(rng.getrandbits(63)), args.class_mix_scope)
-
-    def augment(images: Tensor) -> Tensor:
-        return strong_augment(images, rng, args.color_jitter_probability, args.blur_probability, across)
-
-    return Draws(timestep, across.local(masks), augment)
 
 
 def adaptation_pass(
@@ -143,46 +119,65 @@ def adaptation_pass(
     Returns:
         Scalars to log, and images and labels to look at; all detached.
     """
+    student: MADMModel = accelerator.unwrap_model(model)
+    label = batch["source_label"]
+    pictures = {"source": batch["source_image"].float() / 255}
+    if args.lplr_loss != "none":
+        pictures["source_palette"] = palette_image(label, palette)
+    if teacher is not None:
+        pictures["target"] = batch["target_image"].float() / 255
+        # Class mix: source pixels of half of the classes pasted onto the target, then strongly augmented.
+        pictures["mixed"] = draws.augment(mix(draws.mix_masks, pictures["source"], pictures["target"]))
+    # All that the VAE can know now, in one pass and before any activations live.
+    with accelerator.autocast():
+        latents = encode_together(student.extractor, pictures)
+
     if teacher is None:
-        return source_branch(model, batch, args, palette, accelerator, across)
+        scalars, shown = source_branch(model, label, latents, args, accelerator, across)
+        return scalars, pictures | shown
     # The last branch alone makes the step, and under DDP alone synchronises: the forward pass decides that.
     with accelerator.no_sync(model):
-        scalars, pictures = source_branch(model, batch, args, palette, accelerator, across)
-    mixed_scalars, mixed_pictures = mixed_branch(model, teacher, batch, draws, args, palette, accelerator, across)
-    return scalars | mixed_scalars, pictures | mixed_pictures
+        scalars, shown = source_branch(model, label, latents, args, accelerator, across)
+    mixed_scalars, mixed_shown = mixed_branch(
+        model, teacher, label, latents, draws, args, palette, accelerator, across
+    )
+    return scalars | mixed_scalars, pictures | shown | mixed_shown
+
+
+def encode_together(extractor: DiffusionFeatureExtractor, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Latents (B, C, h, w) by name of `pictures`: those called `..._palette` in [-1, 1], the others in [0, 1]."""
+    images = [image if name.endswith("_palette") else image * 2 - 1 for name, image in pictures.items()]
+    latents = extractor.encode(torch.cat(images)).chunk(len(images))
+    return dict(zip(pictures, latents, strict=True))
 
 
 def source_branch(
     model: torch.nn.Module,
-    batch: dict[str, Tensor],
+    label: Tensor,
+    latents: dict[str, Tensor],
     args: Namespace,
-    palette: Tensor,
     accelerator: Accelerator,
     across: BatchScope,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Supervised: cross entropy on the source, and regression of its label's palette image in latent space (LPLR)."""
-    student: MADMModel = accelerator.unwrap_model(model)
-    source, source_label = batch["source_image"].float() / 255, batch["source_label"]
-
     with accelerator.autocast():
-        output = model(source)
-    losses = {"source_loss": pixel_cross_entropy(output.logits, source_label, None, args.loss_average, across)}
-    pictures = {"source": source, "source_label": source_label, "source_logits": output.logits.detach()}
+        output = model(latents=latents["source"])
+    losses = {"source_loss": pixel_cross_entropy(output.logits, label, None, args.loss_average, across)}
+    shown = {"source_label": label, "source_logits": output.logits.detach()}
     if args.lplr_loss != "none":
-        pictures |= {"source_decoded": output.decoded, "source_palette": palette_image(source_label, palette)}
-        with accelerator.autocast():
-            label_latent = student.extractor.encode(pictures["source_palette"])
+        shown["source_decoded"] = output.decoded
         losses["lplr_source_loss"] = args.lplr_weight[0] * latent_regression_loss(
-            output.label_latent, label_latent, valid_mask(source_label), args.loss_average, across
+            output.label_latent, latents["source_palette"], valid_mask(label), args.loss_average, across
         )
     accelerator.backward(sum(losses.values()))
-    return {name: loss.detach() for name, loss in losses.items()}, pictures
+    return {name: loss.detach() for name, loss in losses.items()}, shown
 
 
 def mixed_branch(
     model: torch.nn.Module,
     teacher: Segmenter,
-    batch: dict[str, Tensor],
+    source_label: Tensor,
+    latents: dict[str, Tensor],
     draws: Draws,
     args: Namespace,
     palette: Tensor,
@@ -191,31 +186,25 @@ def mixed_branch(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Self-training: the student learns source pixels pasted on the target, and the teacher's labels of the rest."""
     student: MADMModel = accelerator.unwrap_model(model)
-    source, source_label = batch["source_image"].float() / 255, batch["source_label"]
-    target = batch["target_image"].float() / 255
-
-    # Class mix: source pixels of half of the classes pasted onto the target, then strongly augmented.
-    mixed = draws.augment(mix(draws.mix_masks, source, target))
-
     # Teacher pass on the clean target: its latent carries more noise early in training (DPLG).
     with torch.no_grad(), accelerator.autocast():
-        teacher_logits = student(target, draws.teacher_timestep, segmenter=teacher).logits
+        teacher_logits = student(latents=latents["target"], timestep=draws.teacher_timestep, segmenter=teacher).logits
     threshold = args.pseudo_label_threshold
     label, weight, probability = pseudo_label(teacher_logits, threshold, args.pseudo_label_weight, across)
     mixed_label = mix(draws.mix_masks, source_label, label)
     mixed_weight = mix(draws.mix_masks, torch.ones_like(weight), weight)
+    shown = {"pseudo_label": label, "mixed_label": mixed_label, "pseudo_label_weight": weight}
+    if args.lplr_loss == "both":
+        shown["mixed_palette"] = palette_image(mixed_label, palette)
+        with accelerator.autocast():
+            label_latent = student.extractor.encode(shown["mixed_palette"])
 
-    # Mixed pass of the student; after the teacher's, so that its activations and the teacher's do not live together.
+    # The student's pass comes last, so that its activations live beside nobody else's.
     with accelerator.autocast():
-        output = model(mixed)
-    pictures = {"target": target, "pseudo_label": label, "mixed": mixed, "mixed_label": mixed_label}
-    pictures |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits}
-    pictures |= {"decoded": output.decoded, "pseudo_label_weight": weight}
+        output = model(latents=latents["mixed"])
+    shown |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits, "decoded": output.decoded}
     losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average, across)}
     if args.lplr_loss == "both":
-        pictures["mixed_palette"] = palette_image(mixed_label, palette)
-        with accelerator.autocast():
-            label_latent = student.extractor.encode(pictures["mixed_palette"])
         region = valid_mask(mixed_label) * (weight if args.lplr_mask == "pseudo" else mixed_weight)[:, None]
         losses["lplr_target_loss"] = args.lplr_weight[1] * latent_regression_loss(
             output.label_latent, label_latent, region, args.loss_average, across
@@ -228,7 +217,7 @@ def mixed_branch(
 
     scalars = {name: loss.detach() for name, loss in losses.items()} | {"pseudo_label_weight": weight.mean()}
     scalars["confident_fraction"] = confident_fraction(label, probability, threshold, teacher_logits.shape[1])
-    return scalars, pictures
+    return scalars, shown
 
 
 @dataclass
@@ -278,9 +267,10 @@ def optimizer_step(run: Run, batches: Iterator, corrupt: set[str], accelerator: 
     for index in range(args.gradient_accumulation_steps):
         batch = next(batches)
         corrupt.update(batch.pop("corrupt"))
+        classes = batch.pop("source_classes")
         stream = f"{args.seed}-{run.scope.number}-{run.step}-{index}"
         with accelerator.accumulate(run.model):
-            draws = draw(batch["source_label"], run.step, stream, args, run.scope)
+            draws = draw(batch["source_label"], classes, run.step, stream, args, run.scope)
             scalars, pictures = adaptation_pass(
                 run.model, run.teacher, batch, draws, args, run.palette, accelerator, run.scope
             )
@@ -311,7 +301,8 @@ def train(
         0 when done, or the number of the signal that asked to stop; the checkpoint of the last step is then written.
     """
     args = runs[0].args
-    streams = [iter(skip_first_batches(run.batches, run.step * args.gradient_accumulation_steps)) for run in runs]
+    done = runs[0].step * args.gradient_accumulation_steps
+    streams = [log.loader.timed(skip_first_batches(run.batches, done)) for run in runs]
     corrupt = set(state.corrupt_samples)
     while runs[0].step < args.max_train_steps:
         for run, batches in zip(runs, streams, strict=True):
@@ -320,14 +311,16 @@ def train(
             if run.step % args.logging_steps == 0 or run.step == 1 or last:
                 log.scalars(run.step, scalars, run.name, run.task.class_names)
             if (args.validation_steps and run.step % args.validation_steps == 0) or last:
-                look(run, pictures, state, log, stop, accelerator)
+                with log.loader.pause():
+                    look(run, pictures, state, log, stop, accelerator)
             del scalars, pictures  # not while the next step needs the memory
         log.advance()
 
         step, signal = runs[0].step, agree(stop.received or 0, corrupt, state, args, accelerator)
         stopping = signal and step < args.max_train_steps
         if stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save_checkpoint(runs, state, upload, accelerator)
+            with log.loader.pause():
+                save_checkpoint(runs, state, upload, accelerator)
         if stopping:
             return signal
     return 0
@@ -365,7 +358,8 @@ def agree(signal: int, corrupt: set[str], state: State, args: Namespace, acceler
     """
     new = len(corrupt) > len(state.corrupt_samples)
     if accelerator.num_processes > 1:
-        met = accelerator.gather(torch.tensor([[signal, new]], device=accelerator.device)).amax(dim=0)
+        met = torch.tensor([signal, new])  # in host memory: nobody waits for a device
+        dist.all_reduce(met, dist.ReduceOp.MAX, host_group())
         signal, new = met.tolist()
     if new:
         found = set(gather_object(sorted(corrupt)))
@@ -414,10 +408,14 @@ def build_run(
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
     base = base_fingerprint(model.extractor.vae, model.unet, model.extractor.scheduler)
     fingerprints = loader.dataset.fingerprints | {"base model": base}
+    if args.vae_decoder:
+        fingerprints["VAE decoder"] = decoder_fingerprint(model.extractor.vae_decoder)
     if checkpoint:
         now = run_record(args, task, fingerprints, accelerator)
         check_resume(checkpoint, name, now, model.config(), logger)
         model.restore(checkpoint / name, teacher)
+    if args.compile:
+        compile_model(model.extractor, [s for s in (model.segmenter, teacher) if s is not None], accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     prepared = dict(accelerator.unwrap_model(model).named_parameters())
     trained = [[prepared[name] for name in group["names"]] for group in groups]
@@ -453,6 +451,8 @@ def build_loader(args: Namespace, task: Task, accelerator: Accelerator) -> torch
         dataset,
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
+        # Twice as many as PyTorch's: an image that is drawn again, or fetched from elsewhere, must not stop the step.
+        prefetch_factor=4 if args.dataloader_num_workers else None,
         collate_fn=AdaptationDataset.collate,
         worker_init_fn=ignore_stop_signals,
         pin_memory=accelerator.device.type == "cuda",
@@ -472,10 +472,12 @@ def build_model(args: Namespace, task: Task, shared: MADMModel | None, accelerat
         noise_in_latent_dtype=args.noise_in_latent_dtype,
         frozen_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
         quantize_base=args.quantize_base,
+        vae_decoder=args.vae_decoder,
         shared=shared,
         projection_channels=args.projection_channels,
         bottleneck_channels=args.bottleneck_channels,
         head_channels=args.head_channels,
+        head_resolution=args.head_resolution,
     ).train()
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

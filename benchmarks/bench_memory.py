@@ -129,6 +129,7 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import train_madm
+    from madm_utils.augmentations import label_classes
     from madm_utils.pseudo_labels import palette_table
 
     if row.precision == "fp16":
@@ -144,7 +145,7 @@ def count(row: Row, size: str, resolution: int) -> dict[str, float]:
     args = training_settings(model, *row.flags)
     teacher = copy.deepcopy(model.segmenter).requires_grad_(False)
     batch = random_batch(model, torch.device("cpu"))
-    draws = train_madm.draw(batch["source_label"], 1, "stream", args)
+    draws = train_madm.draw(batch["source_label"], label_classes(batch["source_label"]), 1, "stream", args)
     activations = []
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as memory:
         for module in (model, teacher):

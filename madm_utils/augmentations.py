@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madm_utils.distributed import LOCAL_BATCH, BatchScope
+from madm_utils.label_spaces import IGNORE_INDEX
 
 JITTER_STRENGTH = 0.2
 BLUR_SIGMA = (0.15, 1.15)
@@ -18,22 +19,50 @@ BLUR_SIGMA = (0.15, 1.15)
 def class_mix_masks(labels: Tensor, rng: np.random.Generator, scope: str = "batch") -> Tensor:
     """ClassMix (2007.07936): for every image choose half of the classes (rounded up); the mask is their pixels.
 
+    Training counts the classes in the data loader (`label_classes`), because reading labels waits for their device.
+
     Args:
         labels: (B, H, W) int64 source labels.
+        rng: draws the classes.
+        scope: see `choose_classes`.
+
+    Returns:
+        (B, H, W) bool, True where the source pixel is pasted.
+    """
+    return class_masks(labels, choose_classes(label_classes(labels), rng, scope))
+
+
+def label_classes(labels: Iterable[Tensor]) -> np.ndarray:
+    """Which ids from 0 to 255 each of B integer labels holds, (B, 256) bool in host memory."""
+    return np.stack([np.bincount(label.numpy(force=True).ravel(), minlength=256) > 0 for label in labels])
+
+
+def choose_classes(present: np.ndarray, rng: np.random.Generator, scope: str = "batch") -> np.ndarray:
+    """Half of the classes for every image, rounded up.
+
+    Args:
+        present: (B, 256) bool of `label_classes`.
         rng: draws the classes.
         scope: `batch`: every image chooses among the classes of the whole batch, 255 included (published);
             `image`: among the classes of its own label, 255 excluded.
 
     Returns:
-        (B, H, W) bool, True where the source pixel is pasted.
+        (B, 256) bool, True for the classes whose pixels are pasted.
     """
-    batch_classes = labels.unique()
-    masks = []
-    for label in labels:
-        classes = batch_classes if scope == "batch" else label[label != 255].unique()
-        chosen = rng.choice(len(classes), (len(classes) + 1) // 2, replace=False)
-        masks.append(torch.isin(label, classes[torch.as_tensor(chosen, device=classes.device)]))
-    return torch.stack(masks)
+    chosen = np.zeros_like(present)
+    for own, row in zip(chosen, present, strict=True):
+        classes = np.flatnonzero(present.any(axis=0) if scope == "batch" else row[:IGNORE_INDEX])
+        own[classes[rng.choice(len(classes), (len(classes) + 1) // 2, replace=False)]] = True
+    return chosen
+
+
+def class_masks(labels: Tensor, chosen: np.ndarray) -> Tensor:
+    """(B, H, W) bool, True where the class of `labels` is among `chosen` (B, 256) for its image."""
+    table = torch.from_numpy(chosen)
+    if labels.device.type == "cuda":
+        table = table.pin_memory()  # from pageable memory the copy would wait for the device
+    table = table.to(labels.device, non_blocking=True)
+    return table.gather(1, labels.flatten(1)).view_as(labels)
 
 
 def mix(mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -110,7 +139,8 @@ def rgb_to_hsv(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """Inverse of `rgb_to_hsv`; the hue may be any number of turns. Returns (3, H, W)."""
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device, dtype=hue.dtype)[:, None, None]
+    # 5, 3, 1, made on the device: a copy from the host would wait for it.
+    offsets = 5 - 2 * torch.arange(3, device=hue.device, dtype=hue.dtype)[:, None, None]
     k = (offsets + hue * 6) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 

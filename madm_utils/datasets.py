@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from madm_utils.augmentations import label_classes
 from madm_utils.cli import UserError
 from madm_utils.label_spaces import IGNORE_INDEX, lookup_table
 from madm_utils.prepared_data import Metadata, UndecodableImage, decode_image, open_split
@@ -158,9 +159,14 @@ class AdaptationDataset(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of samples: tensors stacked, `corrupt` as one list."""
+        """Batch of samples: tensors stacked, `corrupt` as one list, and `source_classes` of `label_classes`.
+
+        The latter is an array, which nobody moves to a device.
+        """
         tensors = [{key: value for key, value in sample.items() if key != "corrupt"} for sample in samples]
-        return {**default_collate(tensors), "corrupt": [name for sample in samples for name in sample["corrupt"]]}
+        classes = label_classes(sample["source_label"] for sample in samples)
+        corrupt = [name for sample in samples for name in sample["corrupt"]]
+        return {**default_collate(tensors), "source_classes": classes, "corrupt": corrupt}
 
 
 class EvaluationDataset(Dataset):

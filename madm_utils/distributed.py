@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PerImage = TypeVar("PerImage", Tensor, Sequence)
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that writes a checkpoint or reaches the Hub."""
+PerImage = TypeVar("PerImage", Tensor, np.ndarray, Sequence)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class BatchScope:
         dist.all_gather(parts, images)
         return torch.cat(parts)
 
+    def gather_host(self, values: np.ndarray) -> np.ndarray:
+        """(B, ...) uint8 or bool of every process -> (num_processes * B, ...), without waiting for a device."""
+        if self.num_processes == 1:
+            return values
+        own = torch.from_numpy(values.view(np.uint8))
+        parts = [torch.empty_like(own) for _ in range(self.num_processes)]
+        dist.all_gather(parts, own, group=host_group())
+        return torch.cat(parts).numpy().view(values.dtype)
+
     def local(self, images: PerImage) -> PerImage:
         """The entries of this process's images, out of one entry per image of the batch."""
         size = len(images) // self.num_processes
@@ -64,6 +77,20 @@ class BatchScope:
 
 
 LOCAL_BATCH = BatchScope()
+_host_group: dist.ProcessGroup | None = None
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """All processes, for exchanging CPU tensors while the devices go on; None means the default group.
+
+    The first call is collective.
+    """
+    global _host_group
+    if dist.get_backend() == "gloo":
+        return None
+    if _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _host_group
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -74,13 +101,18 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.scope = scope
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        y, mean, variance = _NormalizeBatch.apply(x, self.weight, self.bias, self.eps, self.scope)
+        return self.part(x, 0) if self.training else super().forward(x)
+
+    def part(self, x: Tensor, start: int) -> Tensor:
+        """In training, normalise (B, c, H, W), which are the channels from `start` on."""
+        channels = slice(start, start + x.shape[1])
+        if start == 0:
+            self.num_batches_tracked.add_(1)
+        affine = self.weight[channels], self.bias[channels]
+        y, mean, variance = _NormalizeBatch.apply(x, *affine, self.eps, self.scope)
         count = x.numel() // x.shape[1] * self.scope.num_processes
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
+        self.running_mean[channels].lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var[channels].lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         return y
 
 

@@ -10,13 +10,13 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DataLoaderConfiguration,
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from madm_utils.args import check_precision
 from madm_utils.base_model import check_quantization
 from madm_utils.cli import UserError
+from madm_utils.cpu_memory import keep_freed_memory
+from madm_utils.distributed import PATIENCE
 
 _NAMES = {"fsdp": "FSDP2", "deepspeed": "DeepSpeed"}
 _CONFIGS = {"fsdp": "accelerate_configs/fsdp2.yaml", "deepspeed": "accelerate_configs/deepspeed_zero2.yaml"}
@@ -65,6 +67,7 @@ def build_accelerator(args: Namespace, num_tasks: int) -> Accelerator:
     check_precision(precision, torch.accelerator.is_available())
     check_engine(args, precision, num_tasks)
     check_quantization(args.quantize_base)
+    keep_freed_memory()
     # `forward_sync_buffers`, its successor, would still copy BatchNorm statistics between the processes at the start.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     if args.allow_tf32:
@@ -109,6 +112,8 @@ def check_engine(args: Namespace, precision: str, num_tasks: int) -> None:
         raise UserError(f"{name} cannot divide a quantised UNet; drop --quantize_base, {ddp}")
     if args.use_8bit_adam:
         raise UserError(f"{name} divides the moments of plain AdamW, not of --use_8bit_adam; drop it, {ddp}")
+    if args.compile:
+        raise UserError(f"{name} was not made to work with --compile; drop it, {ddp}")
     if precision == "fp16":
         raise UserError(f"{name} trains MADM in bf16 or float32; use --mixed_precision bf16 or no, {ddp}")
 
@@ -133,7 +138,7 @@ class TrainingAccelerator(Accelerator):
         # BatchNorm statistics stay per process, as published; synchronised gradients are views of DDP's buckets.
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         # The others wait while the main process writes a checkpoint or reaches the Hub.
-        patience = {"timeout": timedelta(hours=2)}
+        patience = {"timeout": PATIENCE}
         # Without `cpu`, several processes on a machine without GPU would not form a group, and each write the results.
         cpu, plugins = not has_gpu, {}
         if self.engine == "fsdp":
@@ -149,6 +154,8 @@ class TrainingAccelerator(Accelerator):
             mixed_precision="no" if self.engine == "deepspeed" else precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
             kwargs_handlers=handlers,
+            # The loader pins its batches, so that copying one to the device need not wait for the step before.
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
             **plugins,
             **options,
         )
@@ -190,9 +197,9 @@ class TrainingAccelerator(Accelerator):
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    # The frozen VAE also runs outside the model's forward pass, where nobody would gather its shards.
+    # The frozen VAE and decoder also run outside the model's forward pass, where nobody would gather its shards.
     return FullyShardedDataParallelPlugin(
-        mixed_precision_policy=MixedPrecisionPolicy(), ignored_modules=r"extractor\.vae"
+        mixed_precision_policy=MixedPrecisionPolicy(), ignored_modules=r"extractor\.vae(_decoder)?"
     )
 
 

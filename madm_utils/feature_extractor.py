@@ -3,11 +3,11 @@
 Every width comes from the loaded configs; the latent size comes from the image and the VAE's down-sampling factor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from madm_utils.cli import UserError
@@ -29,6 +29,7 @@ class DiffusionFeatureExtractor(nn.Module):
         latent_size: height and width of the fixed noise; images of other sizes get their own draw.
         noise_in_latent_dtype: round the cumulative alphas of float16 latents to float16 before use, as the published
             code does under fp16 autocast (sigma at t=0 becomes 0.03125 instead of 0.02916). Otherwise float32.
+        vae_decoder: a small decoder in place of the VAE's own (`small_decoder.py`); frozen here.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class DiffusionFeatureExtractor(nn.Module):
         scheduler: DDPMScheduler,
         latent_size: int,
         noise_in_latent_dtype: bool = False,
+        vae_decoder: AutoencoderTiny | None = None,
     ):
         super().__init__()
         if len(unet.up_blocks) < NUM_TAPS:
@@ -49,16 +51,16 @@ class DiffusionFeatureExtractor(nn.Module):
                 f"{channels[2]}; give a text-to-image Stable Diffusion, not an inpainting or depth one"
             )
         self.vae = vae.requires_grad_(False)
+        self.vae_decoder = None if vae_decoder is None else vae_decoder.requires_grad_(False)
         self.unet = unet
         self.scheduler = scheduler
         self.noise_in_latent_dtype = noise_in_latent_dtype
         self.register_buffer("shared_noise", self.draw_noise(latent_size, latent_size), persistent=False)
 
-    def train(self, mode: bool = True) -> "DiffusionFeatureExtractor":
-        """In training the VAE takes one image at a time: exact, as its GroupNorm is per image, and a batch needs no
-        more memory than one image beside the UNet's and the head's activations."""
-        self.vae.use_slicing = mode
-        return super().train(mode)
+    @property
+    def decoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """The model that decodes latents: the VAE, or the small decoder in its place."""
+        return self.vae if self.vae_decoder is None else self.vae_decoder
 
     @property
     def feature_channels(self) -> list[int]:
@@ -76,13 +78,25 @@ class DiffusionFeatureExtractor(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> scaled mean latents (B, C, H/f, W/f), without sampling."""
         # Strided inputs (a permuted HWC array) make float32 GroupNorm on CPU inaccurate by up to 1e-2.
         images = images.to(self.vae.dtype).contiguous()
-        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+        latents = self._in_parts(lambda part: self.vae.encode(part).latent_dist.mode(), images)
+        return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> un-clipped images (B, 3, h*f, w*f), no gradient (MADM, feature `s0`)."""
-        latents = latents.detach().to(self.vae.dtype).contiguous()
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        # A small decoder takes scaled latents: its own factor is 1. Both give images in about [-1, 1].
+        latents = latents.detach().to(self.decoder.dtype).contiguous() / self.decoder.config.scaling_factor
+        # In training beside the activations of the UNet, which leave no memory for more than one image.
+        return self._in_parts(lambda part: self.decoder.decode(part).sample, latents, one_by_one=self.training)
+
+    @staticmethod
+    def _in_parts(function: Callable[[Tensor], Tensor], batch: Tensor, one_by_one: bool = False) -> Tensor:
+        """`function(batch)`, where asked for and on a CPU one image after the other: exact, as the VAE's GroupNorm is
+        per image, and on a CPU, whose caches hold the activations of one image better than of four, a third faster."""
+        # A graph that is being exported has no loop over a batch of any size.
+        if torch.compiler.is_compiling() or not (one_by_one or batch.device.type == "cpu"):
+            return function(batch)
+        return torch.cat([function(part) for part in batch.split(1)])
 
     def add_noise(self, latents: Tensor, timestep: int) -> Tensor:
         """`sqrt(abar_t) * latents + sqrt(1 - abar_t) * shared_noise`; t = 0 still adds noise (sigma 0.029)."""
@@ -116,18 +130,18 @@ class DiffusionFeatureExtractor(nn.Module):
             ).sample
         return features[::-1], label_latent
 
-    def extract(self, images: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
-        """From images (B, 3, H, W) in [0, 1] to all features of the segmenter (MADM, section 3).
+    def extract(self, latents: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
+        """From latents to all features of the segmenter (MADM, section 3).
 
         Args:
-            images: height and width are multiples of 64.
+            latents: (B, C, h, w) of `encode`; height and width of the images are multiples of 64.
             timestep: noise level of the latents; 0, the level of student and test, still adds a little noise.
             prompt, time: see `denoise`.
 
         Returns:
             [decoded label latent, un-clipped and without gradient; UNet features, finest first], and the label latent.
         """
-        noisy = self.add_noise(self.encode(images * 2 - 1), timestep)
+        noisy = self.add_noise(latents, timestep)
         features, label_latent = self.denoise(noisy, timestep, prompt, time)
         return [self.decode(label_latent), *features], label_latent
 

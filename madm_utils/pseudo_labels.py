@@ -35,7 +35,9 @@ def pseudo_label(
     Returns:
         labels (B, H, W) int64, weights (B, H, W) float32, largest probabilities (B, H, W) float32.
     """
-    probability, label = logits.float().softmax(dim=1).max(dim=1)
+    logits = logits.float()
+    top, label = logits.max(dim=1)
+    probability = (top - logits.logsumexp(dim=1)).exp()
     confident = (probability >= threshold).float()
     if scope == "batch":
         confident = across.mean(confident.mean()).expand_as(confident)

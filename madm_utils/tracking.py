@@ -4,6 +4,9 @@
 the mean of every value over the processes, and under `timing` what depends on the machine and the hour. Numbers are
 exact: equal runs write equal lines but for `timing`. A value per class is an object, `null` where it is undefined; a
 number that is not finite is the string "nan", "inf" or "-inf". A validation's line has `validation` instead.
+
+`timing.loader_wait` is the fraction (0 to 1) of the time since the last logged step, validation and checkpoints left
+out, that the training waited for its data; of several processes, of the one that waited longest.
 """
 
 import json
@@ -31,6 +34,7 @@ from tqdm import tqdm
 
 from madm_utils.cli import UserError
 from madm_utils.files import replacing
+from madm_utils.loader_wait import LoaderWait
 from madm_utils.tasks import Task
 from madm_utils.visualization import training_grid
 
@@ -92,6 +96,8 @@ class TrainingLog:
         self._timed_step, self._timed_at = step, self.started
         self._timing: dict[str, float] = {}
         self._second_step_at = self.started
+        self._waited = 0.0
+        self.loader = LoaderWait(settings.get("dataloader_num_workers", 0))
         is_main = accelerator.is_main_process
         if is_main:
             _drop_lines_after(self.output_dir / LOG_NAME, step)
@@ -116,9 +122,9 @@ class TrainingLog:
             class_names: K names.
         """
         means = self._mean_over_processes(values)
+        self._measure(step)
         if not self.accelerator.is_main_process:
             return
-        self._measure(step)
         self.losses[name] = {key.removesuffix("_loss"): v for key, v in means.items() if key.endswith("_loss")}
         prefix = f"train/{name}/" if name else "train/"
         flat: dict[str, float] = {}
@@ -140,7 +146,8 @@ class TrainingLog:
             shown |= {key: f"{value:.3f}" for key, value in terms.items()}
         if "learning_rate" in means:
             shown["lr"] = f"{means['learning_rate']:.1e}"
-        self.progress.set_postfix(shown | {"images/s": f"{self._timing['images_per_second']:.1f}"})
+        shown |= {"images/s": f"{self._timing['images_per_second']:.1f}"}
+        self.progress.set_postfix(shown | {"loader_wait": f"{self._timing['loader_wait']:.0%}"})
 
     def pictures(self, step: int, pictures: dict[str, Tensor | int], task: Task, name: str = "") -> None:
         """Write `validation/[name/]step-{step}.png` as `training_grid` draws it, and show it in TensorBoard."""
@@ -197,15 +204,15 @@ class TrainingLog:
         self.accelerator.trackers.clear()
 
     def _mean_over_processes(self, values: dict[str, Tensor | float]) -> dict[str, float | list[float]]:
-        """Means as Python numbers; also updates `memory_gib`."""
+        """Means as Python numbers; also updates `memory_gib` and the time waited for data, the largest of each."""
         device = self.accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        memory = {"memory_gib": _peak_memory_gib(device)}
-        tensors = {k: torch.as_tensor(v, dtype=dtype, device=device).detach() for k, v in {**values, **memory}.items()}
+        own = {"memory_gib": _peak_memory_gib(device), "waited": self.loader.waited}
+        tensors = {k: torch.as_tensor(v, dtype=dtype, device=device).detach() for k, v in {**values, **own}.items()}
         packed = torch.cat([tensor.reshape(1, -1) for tensor in tensors.values()], dim=1)
         rows = self.accelerator.gather(packed).cpu().double()
         columns = dict(zip(tensors, rows.split([t.numel() for t in tensors.values()], dim=1), strict=True))
-        self.memory_gib = columns.pop("memory_gib").max().item()
+        self.memory_gib, self._waited = (columns.pop(key).max().item() for key in own)
         return {
             key: column.nanmean(dim=0).tolist() if tensors[key].ndim else column.mean().item()
             for key, column in columns.items()
@@ -215,8 +222,11 @@ class TrainingLog:
         """Time per step since the last logged one; several tasks log a step once each."""
         if step > self._timed_step:
             now = time.monotonic()
-            seconds = max(now - self._timed_at, 1e-9) / (step - self._timed_step)
+            passed = max(now - self._timed_at, 1e-9)
+            seconds = passed / (step - self._timed_step)
             self._timing = {"images_per_second": self.images_per_step / seconds, "seconds_per_step": seconds}
+            starting = self._timed_step == self.first_step
+            self._timing["loader_wait"] = self.loader.fraction(self._waited, passed, starting)
             self._timed_step, self._timed_at = step, now
         self._timing["memory_gib"] = self.memory_gib
 

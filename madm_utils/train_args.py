@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from madm_utils.args import (
+    add_compile_argument,
     add_data_arguments,
     add_task_arguments,
     below_one,
@@ -83,6 +84,15 @@ def _add_model(group) -> None:
     group.add_argument("--projection_channels", type=positive_int, default=512, help="of UNet features; / 4 for RGB")
     group.add_argument("--bottleneck_channels", type=positive_int, default=128, help="inside the projections")
     group.add_argument("--head_channels", type=positive_int, default=256, help="width of the DAFormer head")
+    group.add_argument(
+        "--head_resolution", type=int, choices=(1, 2, 4), default=1,
+        help="approximation: the head and the projection of the decoded image work at 1/N of the image; published: 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--vae_decoder", metavar="PATH_OR_ID",
+        help="approximation: decode label latents with this small AutoencoderTiny, e.g. madebyollin/taesd; published:"
+        " the base model's own decoder",
+    )  # fmt: skip
 
 
 def _add_training(group) -> None:
@@ -113,6 +123,7 @@ def _add_training(group) -> None:
         help="bf16 advised, fp16 published; default: of the accelerate config",
     )  # fmt: skip
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute UNet and head, saves memory")
+    add_compile_argument(group)
     group.add_argument("--use_8bit_adam", action="store_true", help="8-bit moments of bitsandbytes")
     group.add_argument(
         "--sync_batch_statistics", action="store_true",
@@ -204,9 +215,10 @@ def _add_hub(group) -> None:
 
 # With several tasks these hold for the whole run; the others may differ by each task's hyper-parameters.
 _RUN_WIDE = ("revision", "variant", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed",
-             "unet_tuning", "quantize_base", "mixed_precision", "gradient_checkpointing", "sync_batch_statistics",
-             "source_only", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit", "preempt_signal",
-             "validation_steps", "validate_on", "logging_steps", "report_to", "logging_dir")  # fmt: skip
+             "unet_tuning", "quantize_base", "mixed_precision", "gradient_checkpointing", "compile",
+             "sync_batch_statistics", "source_only", "max_corrupt_samples", "checkpointing_steps",
+             "checkpoints_total_limit", "preempt_signal", "validation_steps", "validate_on", "logging_steps",
+             "report_to", "logging_dir")  # fmt: skip
 
 
 def parse_train_args(
@@ -297,6 +309,12 @@ def _validate(parser: argparse.ArgumentParser, args: argparse.Namespace, task: T
         parser.error(f"--projection_channels above 128 must be a multiple of 128, got {args.projection_channels}")
     if args.unet_tuning == "full" and args.quantize_base != "none":
         parser.error("--quantize_base needs --unet_tuning lora: a quantised UNet cannot be trained")
+    if args.compile and args.quantize_base != "none":
+        parser.error("--compile cannot compile the layers of --quantize_base; leave one of them out")
+    if args.compile and args.sync_batch_statistics:
+        parser.error(
+            "--compile cannot compile what --sync_batch_statistics sends between the processes; leave one out"
+        )
     if args.unet_tuning == "lora" and args.train_unet_output_layers:
         parser.error("--train_unet_output_layers needs --unet_tuning full")
     if args.train_unet_output_layers and args.lplr_loss == "none":

@@ -15,7 +15,7 @@ from tiny_model import base_folder, new_model
 from torch import Tensor, nn
 
 import train_madm
-from madm_utils.augmentations import strong_augment
+from madm_utils.augmentations import label_classes, strong_augment
 from madm_utils.distributed import BatchScope, synchronize_statistics
 from madm_utils.heads import recompute_in_backward
 from madm_utils.losses import latent_regression_loss, pixel_cross_entropy
@@ -99,7 +99,7 @@ def adaptation_gradient(scope: BatchScope) -> Tensor:
     labels[0, :48] = 255
     batch = {"source_image": images[0], "target_image": images[1], "source_label": labels}
     batch = {name: scope.local(value) for name, value in batch.items()}
-    draws = train_madm.draw(batch["source_label"], 0, "0", args, scope)
+    draws = train_madm.draw(batch["source_label"], label_classes(batch["source_label"]), 0, "0", args, scope)
     palette, accelerator = palette_table(task.palette), Accelerator(cpu=True)
     train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, accelerator, scope)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

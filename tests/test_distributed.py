@@ -14,6 +14,7 @@ from test_train_madm import script, train_flags
 from tiny_model import new_model, write_data
 
 import train_madm
+from madm_utils.augmentations import label_classes
 from madm_utils.distributed import BatchScope, SyncBatchNorm2d, synchronize_statistics
 from madm_utils.pseudo_labels import confident_fraction, palette_table
 from madm_utils.tasks import TASKS
@@ -189,7 +190,7 @@ def test_gradient_accumulation(settings, batch_norm, equal, student):
     labels = (torch.arange(2 * 64 * 64) // 500).view(2, 64, 64) % task.num_classes
     labels[0, :48] = 255
     batch = {"source_image": images[0], "target_image": images[1], "source_label": labels}
-    masks = train_madm.draw(labels, 0, "0", args).mix_masks
+    masks = train_madm.draw(labels, label_classes(labels), 0, "0", args).mix_masks
 
     def gradient(passes: int) -> torch.Tensor:
         AcceleratorState._reset_state(reset_partial_state=True)

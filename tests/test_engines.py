@@ -160,6 +160,7 @@ ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
         (FSDP2, {"num_tasks": 2}, "FSDP2 trains one --task per run, got 2; give one, or launch with .*multi_gpu.yaml"),
         (FSDP2, {"quantize_base": "nf4"}, "FSDP2 cannot divide a quantised UNet; drop --quantize_base"),
         (FSDP2, {"use_8bit_adam": True}, "not of --use_8bit_adam; drop it"),
+        (FSDP2, {"compile": True}, "FSDP2 was not made to work with --compile; drop it"),
         (FSDP2, {"precision": "fp16"}, "FSDP2 trains MADM in bf16 or float32; use --mixed_precision bf16 or no"),
         (FSDP2 | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 1; FSDP2 trains MADM with 2, as in .*fsdp2.yaml"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: true; FSDP2 .* with false"),
@@ -178,7 +179,8 @@ ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 def test_refused_with_an_engine(environment, settings, message, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    given = {"quantize_base": "none", "use_8bit_adam": False, "precision": "no", "num_tasks": 1, **settings}
+    given = {"quantize_base": "none", "use_8bit_adam": False, "compile": False, "precision": "no", "num_tasks": 1}
+    given |= settings
     precision, num_tasks = given.pop("precision"), given.pop("num_tasks")
     with pytest.raises(UserError, match=message):
         check_engine(Namespace(**given), precision, num_tasks)

@@ -12,6 +12,7 @@ from tiny_model import RESOLUTION, new_model
 import train_madm
 from benchmarks.bench_memory import GOALS, ROWS, LiveBytes, Row, count, moment_bytes, quantization_saving
 from benchmarks.common import build_model, random_batch, training_settings
+from madm_utils.augmentations import label_classes
 from madm_utils.base_model import BaseModelReference, load_unet
 from madm_utils.cli import UserError
 from madm_utils.modeling_madm import MADMModel
@@ -236,7 +237,7 @@ def allocated_peak(row: Row, resolution: int) -> int:
     teacher = copy.deepcopy(model.segmenter).requires_grad_(False)
     args, accelerator = training_settings(model), Accelerator(cpu=True, mixed_precision=row.precision)
     batch, palette = random_batch(model, torch.device("cpu")), palette_table(model.task.palette)
-    draws = train_madm.draw(batch["source_label"], 1, "stream", args)
+    draws = train_madm.draw(batch["source_label"], label_classes(batch["source_label"]), 1, "stream", args)
     prepared = accelerator.prepare_model(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_madm.adaptation_pass(prepared, teacher, batch, draws, args, palette, accelerator)

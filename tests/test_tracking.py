@@ -96,7 +96,7 @@ def test_numbers_are_exact_in_the_log_and_in_tensorboard(tmp_path):
     log.validation(1, some_scores(12.5))
     finish(log)
     logged, validated = lines(tmp_path)
-    assert set(logged.pop("timing")) == {"images_per_second", "seconds_per_step", "memory_gib"}
+    assert set(logged.pop("timing")) == {"images_per_second", "seconds_per_step", "memory_gib", "loader_wait"}
     assert logged == {
         "step": 1, "name": "", "source_loss": float(loss), "learning_rate": 1e-3, "teacher_timestep": 57.0,
         "target_loss": "nan", "confident_fraction": {"road": 0.25, "sky": None, "car": 1.0},
@@ -108,7 +108,7 @@ def test_numbers_are_exact_in_the_log_and_in_tensorboard(tmp_path):
     assert set(events(tmp_path).Tags()["scalars"]) == {
         "train/source_loss", "train/learning_rate", "train/teacher_timestep", "train/target_loss",
         "train/confident_fraction/road", "train/confident_fraction/car", "train/images_per_second",
-        "train/seconds_per_step", "train/memory_gib", "validation/miou", "validation/iou/road",
+        "train/seconds_per_step", "train/memory_gib", "train/loader_wait", "validation/miou", "validation/iou/road",
     }  # fmt: skip
     assert drawn(tmp_path, "train/source_loss") == [(1, float(loss))]
     assert np.isnan(drawn(tmp_path, "train/target_loss")[0][1])

@@ -148,7 +148,7 @@ def test_logs_pictures_and_rotation(finished_run):
     per_class = {tag for tag in logged if tag.startswith("train/confident_fraction/")}
     names = {"source_loss", "target_loss", "lplr_source_loss", "lplr_target_loss", "pseudo_label_weight"}
     names |= {"teacher_timestep", "learning_rate", "gradient_norm"}
-    names |= {"memory_gib", "images_per_second", "seconds_per_step"}
+    names |= {"memory_gib", "images_per_second", "seconds_per_step", "loader_wait"}
     assert {f"train/{name}" for name in names} == set(logged) - per_class
     assert all(np.isfinite(values).all() for values in logged.values())
     assert all(len(logged[tag]) == 4 for tag in set(logged) - per_class) and per_class
@@ -367,7 +367,7 @@ def test_bad_flags(flags, message, data, tmp_path, capsys):
 
 def test_every_flag_is_read():
     """A flag that nobody reads is a lie in `--help`."""
-    names = ("run_folder", "engines", "tracking", "evaluation")
+    names = ("run_folder", "engines", "tracking", "evaluation", "draws")
     readers = ("train_madm.py", *(f"madm_utils/{name}.py" for name in names))
     source = "".join((ROOT / name).read_text() for name in readers)
     for action in train_parser("")._actions:
