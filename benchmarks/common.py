@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from benchmarks.plain_step import Arrangement
     from madm_utils.modeling_madm import MADMModel
 
 # Widths of VAE and UNet, and the flags of train_madm.py about the head's.
@@ -36,6 +37,17 @@ SIZES = {
     # Head and UNet share the memory roughly as in the real size.
     "scaled": _SMALL_DIFFUSION
     | {"head": {"projection_channels": 128, "bottleneck_channels": 32, "head_channels": 64}},
+    # Stable Diffusion 1.4 and the published head, all widths by four; as many channels per group and attention head.
+    "medium": {
+        "vae": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 8},
+        "unet": {
+            "block_out_channels": (80, 160, 320, 320),
+            "cross_attention_dim": 192,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        },
+        "head": {"projection_channels": 128, "bottleneck_channels": 32, "head_channels": 64},
+    },
     "real": {
         "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
         "unet": {
@@ -49,8 +61,15 @@ SIZES = {
 }
 
 
-def build_model(size: str, resolution: int, tuning: str, precision: str, quantization: str = "none") -> "MADMModel":
-    """A model with random weights: small widths, or those of Stable Diffusion 1.4 and the paper (`real`)."""
+def build_model(
+    size: str,
+    resolution: int,
+    tuning: str,
+    precision: str,
+    quantization: str = "none",
+    task_name: str = "cityscapes_to_deliver_depth",
+) -> "MADMModel":
+    """A model with random weights and the widths `SIZES[size]`; `precision` is fp16, bf16, or another for float32."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
@@ -68,7 +87,7 @@ def build_model(size: str, resolution: int, tuning: str, precision: str, quantiz
     vae = AutoencoderKL(**widths["vae"], **blocks).to(frozen)
     unet = UNet2DConditionModel(**widths["unet"])
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    task = TASKS["cityscapes_to_deliver_depth"]
+    task = TASKS[task_name]
     if tuning == "lora":
         unet.requires_grad_(False).to(frozen)
         if quantization != "none":
@@ -94,15 +113,15 @@ def training_settings(model: "MADMModel", *flags: str) -> Namespace:
     return args
 
 
-def random_batch(model: "MADMModel", device: "torch.device") -> dict[str, "torch.Tensor"]:
-    """One source and one target image with a label, as a data loader gives them."""
+def random_batch(model: "MADMModel", device: "torch.device", batch_size: int = 1) -> dict[str, "torch.Tensor"]:
+    """Source and target images with labels of the source, as a data loader gives them."""
     import torch
 
-    shape = (1, 3, model.resolution, model.resolution)
+    shape = (batch_size, 3, model.resolution, model.resolution)
     return {
         "source_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
         "target_image": torch.randint(256, shape, dtype=torch.uint8, device=device),
-        "source_label": torch.randint(model.task.num_classes, (1, *shape[2:]), device=device),
+        "source_label": torch.randint(model.task.num_classes, (batch_size, *shape[2:]), device=device),
     }
 
 
@@ -112,9 +131,13 @@ def enable_checkpointing(model: "MADMModel") -> None:
     model.segmenter.enable_gradient_checkpointing()
 
 
-def training_step(model: "MADMModel", args: Namespace, accelerator: "Accelerator") -> Callable[[], None]:
-    """A function that makes one optimiser step on random images, batch 1."""
+def training_step(
+    model: "MADMModel", args: Namespace, accelerator: "Accelerator", batch_size: int = 1, compiled: bool = False
+) -> Callable[[], None]:
+    """A function that makes one optimiser step of the suite on random images."""
     import train_madm
+    from madm_utils.augmentations import label_classes
+    from madm_utils.draws import draw
     from madm_utils.ema import ema_decay, update_teacher
     from madm_utils.optimization import build_adamw, parameter_groups
     from madm_utils.pseudo_labels import palette_table
@@ -122,23 +145,82 @@ def training_step(model: "MADMModel", args: Namespace, accelerator: "Accelerator
     teacher = copy.deepcopy(model.segmenter).requires_grad_(False).to(accelerator.device).train()
     groups = parameter_groups(model.train(), args.learning_rate, args.weight_decay)
     parameters = [p for group in groups for p in group["params"]]
+    if compiled:
+        from madm_utils.compilation import compile_model
+
+        compile_model(model.extractor, [model.segmenter, teacher], accelerator.device)
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     palette = palette_table(model.task.palette, accelerator.device)
-    batch = random_batch(model, accelerator.device)
+    batch = random_batch(model, accelerator.device, batch_size)
+    classes = label_classes(batch["source_label"])
     count = 0
 
     def step() -> None:
         nonlocal count
         count += 1
         update_teacher(teacher, model.segmenter, ema_decay(count))
-        draws = train_madm.draw(batch["source_label"], count, str(count), args)
+        draws = draw(batch["source_label"], classes, count, str(count), args)
         train_madm.adaptation_pass(prepared, teacher, batch, draws, args, palette, accelerator)
         accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def plain_training_step(
+    model: "MADMModel", args: Namespace, accelerator: "Accelerator", batch_size: int, arrangement: "Arrangement"
+) -> Callable[[], None]:
+    """A function that makes one optimiser step of an arrangement of `plain_step.py` on random images."""
+    from benchmarks.plain_step import PlainTraining
+    from madm_utils.augmentations import label_classes
+    from madm_utils.draws import draw
+
+    training = PlainTraining(model, args, accelerator, arrangement)
+    batch = random_batch(model, accelerator.device, batch_size)
+    classes = label_classes(batch["source_label"])
+
+    def step() -> None:
+        number = training.num_steps + 1
+        training.step(batch, draw(batch["source_label"], classes, number, str(number), args))
+
+    return step
+
+
+def training_flops(size: str, resolution: int, tuning: str, batch_size: int = 1) -> int:
+    """Operations of one plain training step, counted on tensors without memory; in a process with no other task."""
+    import torch
+    from accelerate import Accelerator
+
+    from benchmarks.measuring import count_flops
+    from benchmarks.plain_step import Arrangement, PlainTraining
+    from madm_utils.augmentations import label_classes
+    from madm_utils.draws import draw
+
+    with torch.device("meta"):
+        model = build_model(size, resolution, tuning, "fp32")
+    args, accelerator = training_settings(model), Accelerator(cpu=True, device_placement=False)
+    batch = random_batch(model, torch.device("cpu"), batch_size)
+    draws = draw(batch["source_label"], label_classes(batch["source_label"]), 1, "stream", args)
+    draws.mix_masks = draws.mix_masks.to("meta")
+    batch = {name: tensor.to("meta") for name, tensor in batch.items()}
+    # Palette images of PIL need values, and no operations that count.
+    training = PlainTraining(model, args, accelerator, Arrangement(palette=True))
+    return count_flops(lambda: training.adapt(batch, draws))
+
+
+def prediction_flops(size: str, resolution: int, batch_size: int = 1) -> int:
+    """Operations of one plain prediction, counted on tensors without memory."""
+    import torch
+
+    from benchmarks.measuring import count_flops
+    from benchmarks.plain_step import predict
+
+    with torch.device("meta"):
+        model = build_model(size, resolution, "full", "fp32").eval()
+        images = torch.empty(batch_size, 3, resolution, resolution)
+    return count_flops(lambda: predict(model, images))
 
 
 def peak_gib(gpu: bool) -> float:

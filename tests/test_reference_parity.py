@@ -15,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -201,11 +202,15 @@ def test_conversion_script_and_reload(converted, inputs, golden, tmp_path):
 
 def test_ema(converted):
     """Updates 1, 2 and 5000 of the teacher, with the student fixed; BatchNorm buffers stay."""
+    check_ema(converted, update_teacher)
+
+
+def check_ema(converted, update: Callable[[torch.nn.Module, torch.nn.Module, float], None]) -> None:
     golden = dict(np.load(FIXTURE / "ema_golden.npz"))
     teacher = copy.deepcopy(converted.teacher)
     compared = 0
     for step, stage in ((1, "after_iter1"), (2, "after_iter1_then_2"), (5000, "after_iter1_2_then_5000")):
-        update_teacher(teacher, converted.model.segmenter, ema_decay(step, SETTINGS["ema_decay"]))
+        update(teacher, converted.model.segmenter, ema_decay(step, SETTINGS["ema_decay"]))
         for name, value in teacher.state_dict().items():
             key = f"{stage}/{teacher_name(name)}" if name != "empty_text_embedding" else ""
             if key in golden:
@@ -298,13 +303,15 @@ class Trainer:
             masks = [self.variant.arrays[k] for k in keys if k.endswith("_ema_sem_seg_head") == of_teacher]
             segmenter.head.dropout = GivenDropout(masks, p) if p else torch.nn.Identity()
 
-    def step(self, iteration: int):
-        self.set_dropout(iteration)
+    def draws(self, iteration: int) -> train_madm.Draws:
         bits = np.unpackbits(self.variant.arrays[f"mix_masks_it{iteration}"], axis=-1)
         timestep = self.variant.iterations[iteration]["teacher_timestep"][0]
-        draws = train_madm.Draws(timestep, torch.from_numpy(bits).bool(), lambda images: images)
+        return train_madm.Draws(timestep, torch.from_numpy(bits).bool(), lambda images: images)
+
+    def step(self, iteration: int):
+        self.set_dropout(iteration)
         return train_madm.adaptation_pass(
-            self.model, self.teacher, self.batch, draws, self.args, self.palette, self.accelerator
+            self.model, self.teacher, self.batch, self.draws(iteration), self.args, self.palette, self.accelerator
         )
 
 
@@ -385,7 +392,11 @@ def test_training_pass(converted, inputs, first_passes, name):
             assert (pictures[key].numpy() == arrays[key]).mean() >= 0.999
     if "mixed_img_s8" in arrays:
         assert_close(pictures["mixed"][:, :, ::8, ::8], arrays["mixed_img_s8"], 1e-6)
-    student, teacher = trainer.model.segmenter, trainer.teacher
+    check_buffers(trainer.model.segmenter, trainer.teacher, arrays)
+
+
+def check_buffers(student: torch.nn.Module, teacher: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """BatchNorm statistics after a pass."""
     buffers = {f"segmenter.{n}": b for n, b in student.named_buffers() if "running" in n}
     checked = 0
     for ours, value in buffers.items():
