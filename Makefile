@@ -50,12 +50,17 @@ test: $(STAMP)  ## lint, formatting and all tests (those of the page need make v
 	if [ -n "$$failed" ]; then echo "make test FAILED after $$SECONDS s:$$failed (see above)" >&2; exit 1; fi; \
 	echo "make test passed in $$SECONDS s: lint, formatting, tests"
 
-bench: $(STAMP)  ## print the tables of docs/benchmarks.md for this machine
+bench: $(STAMP)  ## print the tables of docs/benchmarks.md for this machine (about an hour on two cores)
+	$(PY) benchmarks/bench_startup.py
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_inference.py
+	$(PY) benchmarks/count_syncs.py
 	$(PY) benchmarks/bench_memory.py
-	$(PY) benchmarks/bench_scaling.py
+	-$(PY) benchmarks/bench_growth.py
+	-OMP_NUM_THREADS=1 $(PY) benchmarks/bench_scaling.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_data.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_export.py
+	$(PY) benchmarks/bench_approximations.py
 
 style: $(STAMP)  ## format the code and repair what ruff can
 	$(PY) -m ruff format .

@@ -37,6 +37,7 @@ from madm_utils.args import (
     add_data_arguments,
     add_inference_arguments,
     add_task_arguments,
+    check_inference_arguments,
     formatter,
     inference_settings,
     non_negative_int,
@@ -93,12 +94,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also write the scores into the README.md of --model_path; of one model only",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    check_inference_arguments(parser, args)
     if args.task and args.task_config:
         parser.error("give --task or --task_config, not both")
     if args.update_model_card and args.max_samples:
         parser.error("--update_model_card needs the whole split: leave --max_samples out")
     if args.update_model_card and len(args.model_path) > 1:
         parser.error("--update_model_card writes into the card of one model; give one --model_path")
+    if args.update_model_card and (args.merge_lora or args.quantize_unet):
+        parser.error("--update_model_card writes the model's exact scores: leave --merge_lora, --quantize_unet out")
     if args.window and args.protocol == "paper":
         parser.error(
             "--window needs --protocol native: the published protocol scores the whole image, stretched to the "
@@ -201,7 +205,9 @@ def evaluate_model(
         also: images whose pictures are kept beside `--num_pictures` and the worst ones.
         text: before the progress bar.
     """
+    from madm_utils.approximations import approximate
     from madm_utils.comparison import Evaluation
+    from madm_utils.compilation import compile_model
     from madm_utils.hub import versions
     from madm_utils.inference import Predictor
     from madm_utils.measurement import measure, metrics_of
@@ -210,6 +216,10 @@ def evaluate_model(
     num_images = min(len(dataset), args.max_samples or len(dataset))
     spread = evenly_spread(num_images, args.num_pictures)
     networks = [net.to(accelerator.device) for net in model.load(args.weights, args.pretrained_model_name_or_path)]
+    for network in networks:
+        approximate(network, args.merge_lora, args.quantize_unet)
+        if args.compile:
+            compile_model(network.extractor, [network.segmenter], accelerator.device)
     forwards = [lambda images, network=network: network(images).logits for network in networks]
     predictor = Predictor(forwards, model.resolution, accelerator.device, settings, args.batch_size)
     measurement = measure(
@@ -231,6 +241,8 @@ def evaluate_model(
         "settings": {
             "weights": args.weights, "resolution": model.resolution, "mixed_precision": args.mixed_precision,
             "window": args.window, "stride": settings.step() if args.window else None, "tta": list(args.tta),
+            "compile": args.compile, "merge_lora": args.merge_lora, "quantize_unet": args.quantize_unet,
+            **model.built_in_approximations(),
         },
         "versions": versions(),
     }  # fmt: skip
@@ -239,11 +251,13 @@ def evaluate_model(
 
 def print_results(evaluations: "Sequence[Evaluation]", args: argparse.Namespace) -> None:
     """The table for the screen."""
-    from madm_utils.comparison import aligned, compare, condition_tables, to_text, with_interval
+    from madm_utils.comparison import aligned, approximations, compare, condition_tables, to_text, with_interval
     from madm_utils.metrics import format_scores
 
     first = evaluations[0].metrics
     settings = f"{args.split} split, protocol {args.protocol}, {first['num_images']} images, {args.weights}"
+    approximate = approximations(first["settings"])
+    settings += f" ({approximate})" if approximate else ""
     if len(evaluations) > 1:
         print(f"{len(evaluations)} models, {args.split} split, protocol {args.protocol}, {args.weights}, in %\n")
         print(to_text(compare(evaluations, args.classes)))

@@ -106,7 +106,8 @@ def load_merged(args: argparse.Namespace) -> "MADMModel":
     import torch
 
     from madm_utils.merging import merge_lora
-    from madm_utils.modeling_madm import MADMModel, adapter_folders
+    from madm_utils.model_folder import adapter_folders
+    from madm_utils.modeling_madm import MADMModel
 
     folders = adapter_folders(args.model_path)
     names = [name for name in folders if name]

@@ -33,7 +33,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madm_utils.args import add_inference_arguments, formatter, fraction, inference_settings
+from madm_utils.args import (
+    add_inference_arguments,
+    check_inference_arguments,
+    formatter,
+    fraction,
+    inference_settings,
+)
 from madm_utils.cli import UserError, run
 from madm_utils.interruption import StopSignals
 from madm_utils.prediction_files import (
@@ -84,7 +90,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--save_confidence", action="store_true",
         help="write the probability of the predicted class, too: 8-bit grey, round(255 * p)",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_inference_arguments(parser, args)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,7 +186,7 @@ def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
 
 def read_legend(folder: Path) -> dict[int, dict[str, Any]]:
     """The legend of a model that has predicted before, without loading it."""
-    from madm_utils.modeling_madm import CONFIG_NAME
+    from madm_utils.model_folder import CONFIG_NAME
     from madm_utils.tasks import task_from_dict
 
     path = folder / CONFIG_NAME
@@ -189,7 +197,7 @@ def read_legend(folder: Path) -> dict[int, dict[str, Any]]:
 def model_folders(args: argparse.Namespace) -> list[Path]:
     """Where the files of the models are, one model in each folder."""
     from madm_utils.base_model import local_folder
-    from madm_utils.modeling_madm import CONFIG_NAME, adapter_folders
+    from madm_utils.model_folder import CONFIG_NAME, adapter_folders
 
     found = []
     for path in args.model_path:
@@ -206,6 +214,8 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
 def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict[str, Any]:
     """All that decides about the result of an image. The number of processes does not, nor where the base model lies:
     the models know which one it has to be."""
+    from madm_utils.model_folder import built_in_approximations
+
     settings = inference_settings(args)
     return {
         "models": [model_digest(folder, args.weights) for folder in folders],
@@ -215,6 +225,10 @@ def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict
         "stride": settings.stride,
         "flip": settings.flip,
         "scales": settings.scales,
+        "compile": args.compile,
+        "merge_lora": args.merge_lora,
+        "quantize_unet": args.quantize_unet,
+        "built_in_approximations": [built_in_approximations(folder) for folder in folders],
         "overlay_alpha": args.overlay_alpha,
         "save_confidence": args.save_confidence,
     }
@@ -225,12 +239,21 @@ def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict
 
 def load(args: argparse.Namespace, device: Any) -> tuple["Predictor", Sequence[str], Sequence[tuple[int, int, int]]]:
     """Load the model, or the ensemble; returns the predictor, the names and the colours of the classes."""
+    from madm_utils.compilation import compile_model
     from madm_utils.pipeline_madm import MADMPipeline
 
-    first, *others = (
+    pipes = [
         MADMPipeline.from_pretrained(path, args.weights, device=device, base=args.pretrained_model_name_or_path)
         for path in args.model_path
-    )
+    ]
+    for pipe in pipes:
+        if args.merge_lora:
+            pipe.merge_lora()
+        if args.quantize_unet:
+            pipe.quantize_unet(args.quantize_unet)
+        if args.compile:
+            compile_model(pipe.extractor, [pipe.segmenter], device)
+    first, *others = pipes
     return first.predictor(inference_settings(args), others, args.batch_size), first.class_names, first.palette
 
 

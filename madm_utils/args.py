@@ -112,6 +112,16 @@ def add_inference_arguments(parser: argparse.ArgumentParser, several: str) -> No
     group.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="autocast; published: fp16"
     )
+    add_compile_argument(group)
+    group = parser.add_argument_group("approximations (docs/inference.md)")
+    group.add_argument(
+        "--merge_lora", action="store_true", help="add the LoRA to the UNet's weights: equal but for rounding, faster"
+    )
+    group.add_argument(
+        "--quantize_unet", choices=("int8", "fp8"),
+        help="store the UNet's weights in 8 bits, its LoRA merged first: int8 its linear layers (bitsandbytes), fp8"
+        " all but the norms; default: as they are",
+    )  # fmt: skip
     group = parser.add_argument_group("any resolution and better scores")
     group.add_argument(
         "--window", type=positive_int, metavar="PIXELS",
@@ -126,6 +136,23 @@ def add_inference_arguments(parser: argparse.ArgumentParser, several: str) -> No
         help="test-time augmentation, averaged: `flip` (mirrored too, 2 times the work), `scales` (0.75, 1 and 1.25"
         " times the size, 3 times the work), or `flip,scales`",
     )  # fmt: skip
+
+
+def add_compile_argument(group) -> None:
+    """`--compile`, shared by training, evaluation and prediction."""
+    group.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile the blocks of UNet, VAE and head: minutes at the start, faster from then on; needs a C++"
+        " compiler (CPU) or Triton (GPU); equal but for rounding",
+    )  # fmt: skip
+
+
+def check_inference_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End in `parser.error` where flags of `add_inference_arguments` do not go together."""
+    if args.compile and args.quantize_unet == "fp8":
+        parser.error(
+            "--compile cannot compile a UNet that is cast layer by layer: leave --compile or --quantize_unet fp8 out"
+        )
 
 
 def add_weights_arguments(group) -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from madm_utils.cli import UserError
 
@@ -178,13 +178,26 @@ def base_signature(
     convolutions = [vae.encoder.conv_in, vae.decoder.conv_out]
     if unet is not None:
         convolutions += [unet.conv_in, unet.mid_block.resnets[0].conv1, unet.conv_out]
+    weights = weight_samples(convolutions)
+    return [float(f"{float(scheduler.alphas_cumprod[-1]):.6g}"), *weights] if weights else []
+
+
+def weight_samples(convolutions: Sequence[nn.Conv2d]) -> list[float]:
+    """16 weights of each convolution, to 6 digits; empty on the meta device."""
     if any(convolution.weight.is_meta for convolution in convolutions):
         return []
-    values = [float(scheduler.alphas_cumprod[-1])]
+    values = []
     for convolution in convolutions:
         weights = convolution.weight.detach().flatten()
         values += weights[torch.linspace(0, len(weights) - 1, 16).long().to(weights.device)].float().tolist()
     return [float(f"{value:.6g}") for value in values]
+
+
+def same_weights(signature: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether two signatures are of the same weights, up to the rounding of a half precision."""
+    return len(signature) == len(expected) and all(
+        abs(found - value) <= 0.004 * abs(value) + 1e-6 for found, value in zip(signature, expected, strict=True)
+    )
 
 
 def check_base(signature: Sequence[float], expected: Sequence[float], name: str) -> None:
@@ -195,10 +208,7 @@ def check_base(signature: Sequence[float], expected: Sequence[float], name: str)
         expected: of what the model was trained on.
         name: of the base model that was loaded.
     """
-    same = len(signature) == len(expected) and all(
-        abs(found - value) <= 0.004 * abs(value) + 1e-6 for found, value in zip(signature, expected, strict=True)
-    )
-    if signature and not same:
+    if signature and not same_weights(signature, expected):
         raise UserError(
             f"this model was trained on another base model than {name}, whose weights differ; it would run, and "
             "segment nonsense. Give the base model that its card names"

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,7 @@ def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str]) -> d
         "model": list(evaluation.model.paths),
         **{key: metrics[key] for key in ("task", "split", "protocol", "num_images")},
         "dataset": evaluation.model.task.target,
+        "approximations": approximations(metrics["settings"]),
         **{key: values[key] for key in COLUMNS},
         "confidence_intervals": {key: intervals[key] for key in COLUMNS},
         "difference": None,
@@ -117,6 +118,18 @@ def _row(evaluation: Evaluation, first: Evaluation, classes: Sequence[str]) -> d
         pixels = (first.measurement.stacked("pixels"), evaluation.measurement.stacked("pixels"))
         row["difference"] = paired_difference(lambda counts: mean_scores(counts)["miou"], *pixels)
     return row | (_chosen_classes(evaluation, first, classes) if classes else {})
+
+
+def approximations(settings: Mapping[str, Any]) -> str:
+    """What was approximate about an evaluation with these settings of its `metrics.json`; empty: nothing."""
+    exact_and_text = {
+        "head_resolution": (1, "head at 1/{}"),
+        "vae_decoder": (None, "VAE decoder {}"),
+        "merge_lora": (False, "merged LoRA"),
+        "quantize_unet": (None, "UNet in {}"),
+    }
+    values = {key: settings.get(key, exact) for key, (exact, _) in exact_and_text.items()}
+    return ", ".join(t.format(values[key]) for key, (exact, t) in exact_and_text.items() if values[key] != exact)
 
 
 def _chosen_classes(evaluation: Evaluation, first: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
@@ -218,6 +231,8 @@ def condition_tables(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
 def notes(comparison: dict[str, Any]) -> list[str]:
     """What a reader of the tables has to know."""
     lines = [f"All numbers in percent; in brackets the {comparison['level']:g} % interval of a bootstrap over images."]
+    lines += [f"{row['name']} is approximate: {row['approximations']}." for row in comparison["models"]
+              if row["approximations"]]  # fmt: skip
     if any(row["difference"] for row in comparison["models"]):
         lines.append("The difference to the first model is paired: both on the same resampled images.")
     if any(row["difference"] is None for row in comparison["models"][1:]):

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from madm_utils.base_model import local_folder
 from madm_utils.cli import UserError
-from madm_utils.modeling_madm import CONFIG_NAME, MADMModel, adapter_folders
+from madm_utils.model_folder import CONFIG_NAME, adapter_folders, built_in_approximations
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import Task, task_from_dict
 
 FILES = ("confusion_matrix.csv", "confusion_matrix.png", "comparison.md", "comparison.csv", "report.html")
@@ -35,6 +37,12 @@ class EvaluatedModel:
     def load(self, weights: str, base: str | None) -> list[MADMModel]:
         """The networks, on the CPU; `weights` and `base` as `MADMModel.from_pretrained` takes them."""
         return [MADMModel.from_pretrained(folder, weights, base=base) for folder in self.folders]
+
+    def built_in_approximations(self) -> dict[str, Any]:
+        """See `model_folder`; of an ensemble with differing networks, each one's value."""
+        each = [built_in_approximations(folder) for folder in self.folders]
+        values = {key: [one[key] for one in each] for key in each[0]}
+        return {key: found[0] if len(set(found)) == 1 else found for key, found in values.items()}
 
 
 def find_models(model_paths: Sequence[str], names: Sequence[str] = (), ensemble: bool = False) -> list[EvaluatedModel]:

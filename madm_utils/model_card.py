@@ -277,6 +277,10 @@ def _shown_settings(record: Mapping[str, Any], task: Task) -> list[tuple[str, st
         "precision": record["mixed_precision"],
         "adaptation": "none (source only)",
     }
+    if s.get("head_resolution", 1) != 1:
+        rows["head (approximation)"] = f"at 1/{s['head_resolution']} of the image"
+    if s.get("vae_decoder"):
+        rows["VAE decoder (approximation)"] = _base({"pretrained_model_name_or_path": s["vae_decoder"]})[1]
     if not s["source_only"]:
         rows["adaptation"] = f"mean teacher, decay {s['ema_decay']}, threshold {s['pseudo_label_threshold']}"
         rows["DPLG"] = f"timestep {low} to {high}, decayed to 0 at step {s['dplg_end_step']}"

@@ -3,7 +3,7 @@
 A saved model is one folder of safetensors and JSON. The base model (VAE, frozen UNet, text encoder) is referred to,
 never copied:
 
-    madm_config.json                     task, resolution, tuning, reference to the base model
+    madm_config.json                     task, resolution, tuning, references to base model and small VAE decoder
     segmenter/                           conditioning, projections, head of the student
     teacher/                             the same of the mean teacher (absent in source-only runs)
     pytorch_lora_weights.safetensors     LoRA of the UNet in diffusers format (`unet_tuning` lora)
@@ -21,25 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from madm_utils import base_model
+from madm_utils import base_model, small_decoder
 from madm_utils.base_model import BaseModelReference
 from madm_utils.cli import UserError
 from madm_utils.engines import gather_state
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
-from madm_utils.segmenter import Segmenter, check_classes
+from madm_utils.model_folder import CONFIG_NAME, ModelConfig, read_config
+from madm_utils.segmenter import Segmenter, check_classes, segmenter_config
 from madm_utils.standalone import save_standalone
-from madm_utils.tasks import Task, task_from_dict
+from madm_utils.tasks import Task
 
 # One UNet carries the adapters of several modalities on purpose.
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
-CONFIG_NAME = "madm_config.json"
-FORMAT = 2
-"""Of the model folder. Format 1 did not say which base model it was trained on but by name."""
 LORA_TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
 UNET_OUTPUT_LAYERS = ("conv_norm_out", "conv_out")
 
@@ -70,6 +68,7 @@ class MADMModel(nn.Module):
         base: where the frozen parts came from.
         resolution: side of the training crops in pixels.
         unet_tuning: `lora` or `full`.
+        vae_decoder: folder or Hub id of the extractor's small decoder, where it has one.
 
     Models of several modalities may share an extractor's VAE and UNet: a forward pass first makes the LoRA adapter of
     its own modality the active one. Gradients of one model must be computed before another one runs.
@@ -83,6 +82,7 @@ class MADMModel(nn.Module):
         base: BaseModelReference,
         resolution: int,
         unet_tuning: str,
+        vae_decoder: str | None = None,
     ):
         super().__init__()
         self.extractor = extractor
@@ -91,6 +91,9 @@ class MADMModel(nn.Module):
         self.base = base
         self.resolution = resolution
         self.unet_tuning = unet_tuning
+        self.vae_decoder = vae_decoder
+        self.quantization: str | None = None
+        """Of the UNet's weights: `int8` or `fp8` after `approximations.quantize_unet`."""
         base_unet = extractor.unet if unet_tuning == "lora" else None
         self.base_signature = base_model.base_signature(extractor.vae, extractor.scheduler, base_unet)
 
@@ -103,17 +106,26 @@ class MADMModel(nn.Module):
         if len(getattr(self.unet, "peft_config", ())) > 1 and self.unet.active_adapters() != [self.task.modality]:
             self.unet.set_adapter(self.task.modality)
 
-    def forward(self, images: Tensor, timestep: int = 0, segmenter: Segmenter | None = None) -> MADMOutput:
+    def forward(
+        self,
+        images: Tensor | None = None,
+        timestep: int = 0,
+        segmenter: Segmenter | None = None,
+        latents: Tensor | None = None,
+    ) -> MADMOutput:
         """Segment images (B, 3, H, W) in [0, 1], height and width multiples of 64.
 
         Args:
-            images: the batch.
+            images: the batch; not needed where `latents` are given.
             timestep: noise level of the latents; 0, the level of student and test, still adds a little noise.
             segmenter: the teacher's, to run the teacher (which shares this UNet); default the student's.
+            latents: (B, C, h, w) of `extractor.encode`, where they are known already.
         """
         segmenter = segmenter or self.segmenter
         self.activate()
-        features, label_latent = self.extractor.extract(images, timestep, *segmenter.condition())
+        if latents is None:
+            latents = self.extractor.encode(images * 2 - 1)
+        features, label_latent = self.extractor.extract(latents, timestep, *segmenter.condition())
         return MADMOutput(logits=segmenter(features), label_latent=label_latent, decoded=features[0])
 
     @classmethod
@@ -129,8 +141,9 @@ class MADMModel(nn.Module):
         noise_in_latent_dtype: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
         quantize_base: str = "none",
+        vae_decoder: str | None = None,
         shared: "MADMModel | None" = None,
-        **widths: int,
+        **head: int,
     ) -> "MADMModel":
         """A new model on a Stable Diffusion base; trainable parameters are float32 and have `requires_grad`.
 
@@ -145,17 +158,20 @@ class MADMModel(nn.Module):
             noise_in_latent_dtype: see `DiffusionFeatureExtractor`.
             frozen_dtype: of the VAE, and of the UNet under LoRA.
             quantize_base: storage of the frozen UNet under LoRA: `none`, `int8` or `nf4`.
+            vae_decoder: folder or Hub id of a small decoder in place of the VAE's own.
             shared: a LoRA model of another modality on the same base, whose VAE and UNet are used.
-            widths: `projection_channels` (the decoded image's projection takes a quarter), `bottleneck_channels`,
-                `head_channels`; the published ones by default.
+            head: `projection_channels` (the decoded image's projection takes a quarter), `bottleneck_channels`,
+                `head_channels`, `head_resolution`; the published ones by default.
         """
         if shared is not None:
             vae, unet = shared.extractor.vae, shared.unet
         else:
             vae = base_model.load_vae(base, frozen_dtype)
             unet = base_model.load_unet(base, frozen_dtype if unet_tuning == "lora" else torch.float32, quantize_base)
+        latent_size = resolution // base_model.vae_scale(vae)
+        decoder = _load_decoder(vae_decoder, vae, shared)
         extractor = DiffusionFeatureExtractor(
-            vae, unet, base_model.load_scheduler(base), resolution // base_model.vae_scale(vae), noise_in_latent_dtype
+            vae, unet, base_model.load_scheduler(base), latent_size, noise_in_latent_dtype, decoder
         )
         embedding = base_model.empty_text_embedding(base)
         if embedding.shape[2] != unet.config.cross_attention_dim:
@@ -164,12 +180,12 @@ class MADMModel(nn.Module):
                 f"its UNet expects {unet.config.cross_attention_dim}; give a Stable Diffusion 1.x or 2.x model"
             )
         segmenter = Segmenter(
-            **segmenter_config(extractor, task.num_classes, **widths),
+            **segmenter_config(extractor, task.num_classes, **head),
             num_tokens=embedding.shape[1],
             prompt_dim=embedding.shape[2],
         )
         segmenter.empty_text_embedding.copy_(embedding)
-        model = cls(extractor, segmenter, task, base, resolution, unet_tuning)
+        model = cls(extractor, segmenter, task, base, resolution, unet_tuning, vae_decoder)
         if unet_tuning == "lora":
             from peft import LoraConfig
 
@@ -203,15 +219,17 @@ class MADMModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What `madm_config.json` holds."""
-        return {
-            "format": FORMAT,
-            "task": self.task.to_dict(),
-            "resolution": self.resolution,
-            "unet_tuning": self.unet_tuning,
-            "noise_in_latent_dtype": self.extractor.noise_in_latent_dtype,
-            "base_model": self.base.to_dict(),
-            "base_signature": self.base_signature,
-        }
+        decoder = self.extractor.vae_decoder
+        return ModelConfig(
+            task=self.task,
+            resolution=self.resolution,
+            unet_tuning=self.unet_tuning,
+            noise_in_latent_dtype=self.extractor.noise_in_latent_dtype,
+            base=self.base,
+            base_signature=self.base_signature,
+            vae_decoder=self.vae_decoder,
+            vae_decoder_signature=None if decoder is None else small_decoder.decoder_signature(decoder),
+        ).to_dict()
 
     def trained_state(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """Whole tensors of the student that a checkpoint holds, by part: `segmenter` and `unet` (or its LoRA).
@@ -234,7 +252,15 @@ class MADMModel(nn.Module):
             folder: created where it is missing.
             teacher: the mean teacher's segmenter, where there is one.
             state: `trained_state`, where it takes all processes to gather it.
+
+        Raises:
+            UserError: the UNet is quantised.
         """
+        if self.quantization is not None:
+            raise UserError(
+                f"the UNet is stored in {self.quantization} and cannot be saved; load the model again, and save it "
+                "before quantize_unet"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = state or self.trained_state()
@@ -283,18 +309,9 @@ class MADMModel(nn.Module):
             UserError: not a MADM folder, missing base, or tensors that are missing, unexpected or of another shape.
         """
         folder = base_model.local_folder(folder, revision, expected=CONFIG_NAME)
-        config = _read_config(folder)
-        try:
-            task = task_from_dict(config["task"], where=str(folder / CONFIG_NAME))
-            reference = BaseModelReference(**config["base_model"])
-            tuning, rounding = str(config["unet_tuning"]), bool(config["noise_in_latent_dtype"])
-            resolution, signature = int(config["resolution"]), list(config["base_signature"])
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _unreadable(folder, error) from None
-        if base is not None:
-            reference = BaseModelReference(base)
+        config = read_config(folder)
+        task, tuning = config.task, config.unet_tuning
+        reference = config.base if base is None else BaseModelReference(base)
         if weights == "teacher" and not (folder / "teacher").is_dir():
             raise UserError(
                 f"{folder} holds no teacher (source-only runs and saved pipelines have none); use --weights student"
@@ -310,75 +327,24 @@ class MADMModel(nn.Module):
             unet = base_model.load_strict(UNet2DConditionModel, folder, "unet")
         segmenter = base_model.load_strict(Segmenter, folder, "segmenter" if weights == "student" else "teacher")
         check_classes(segmenter.config.num_classes, task.class_names, str(folder))
-        latent_size = resolution // base_model.vae_scale(vae)
+        latent_size = config.resolution // base_model.vae_scale(vae)
         scheduler = base_model.load_scheduler(reference)
-        extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, rounding)
-        model = cls(extractor, segmenter, task, reference, resolution, tuning)
-        base_model.check_base(model.base_signature, signature, reference.pretrained_model_name_or_path)
+        decoder = _load_decoder(config.vae_decoder, vae, shared)
+        extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, config.noise_in_latent_dtype, decoder)
+        model = cls(extractor, segmenter, task, reference, config.resolution, tuning, config.vae_decoder)
+        base_model.check_base(model.base_signature, config.base_signature, reference.pretrained_model_name_or_path)
+        if decoder is not None:
+            small_decoder.check_signature(decoder, config.vae_decoder_signature, config.vae_decoder)
         model.to(dtype or torch.float32)
         # The cast has rounded the fixed noise too.
         model.extractor.shared_noise = model.extractor.draw_noise(latent_size, latent_size)
         return model.requires_grad_(False).eval()
 
 
-def adapter_folders(folder: str | Path, revision: str | None = None) -> dict[str, Path]:
-    """Modality -> model folder of what a run left: one folder, or one sub-folder per modality; a Hub id as well.
-
-    Raises:
-        UserError: no such folder, or several of its sub-folders are models of one modality.
-    """
-    folder = base_model.local_folder(folder, revision)
-    if (folder / CONFIG_NAME).is_file():
-        return {"": folder}
-    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"[!.]*/{CONFIG_NAME}"))}
-    found = {name: path for name, path in found.items() if not name.startswith("checkpoint-")}
-    modalities: dict[str, str] = {}
-    for name, path in found.items() if len(found) > 1 else ():
-        modality = _read_config(path)["task"]["modality"]
-        if modality in modalities:
-            raise UserError(
-                f"{folder} holds several models for {modality}: {modalities[modality]}, {name}; give the folder of one"
-            )
-        modalities[modality] = name
-    return found
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """What `madm_config.json` holds, with the fields that tell the format and the modality."""
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        number, _ = config["format"], config["task"]["modality"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise _unreadable(folder, error) from None
-    if number != FORMAT:
-        raise UserError(
-            f"{folder / CONFIG_NAME} is of format {number}, this version reads and writes {FORMAT}; use the version "
-            "that wrote it, or train again"
-        )
-    return config
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{folder / CONFIG_NAME} cannot be read ({type(error).__name__}: {error}); download or train again"
-    )
-
-
-def segmenter_config(
-    extractor: DiffusionFeatureExtractor,
-    num_classes: int,
-    projection_channels: int = 512,
-    bottleneck_channels: int = 128,
-    head_channels: int = 256,
-) -> dict[str, Any]:
-    """Arguments of `Segmenter` for this extractor; only the three widths are free."""
-    image_channels = max(32, projection_channels // 4)
-    return {
-        "num_classes": num_classes,
-        "feature_channels": extractor.feature_channels,
-        "projection_channels": [image_channels, *[projection_channels] * 3],
-        "bottleneck_channels": bottleneck_channels,
-        "head_channels": head_channels,
-        "embed_channels": head_channels,
-        "time_dim": extractor.unet.time_embedding.linear_2.out_features,
-    }
+def _load_decoder(name: str | None, vae: AutoencoderKL, shared: MADMModel | None) -> AutoencoderTiny | None:
+    """The small decoder `name` in the precision of the VAE; the one of `shared` where it is the same, or none."""
+    if name is None:
+        return None
+    if shared is not None and shared.extractor.vae is vae and shared.vae_decoder == name:
+        return shared.extractor.vae_decoder
+    return small_decoder.load_decoder(name, vae, vae.dtype)

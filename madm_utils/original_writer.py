@@ -12,7 +12,8 @@ from madm_utils import base_model
 from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.merging import merge_lora
-from madm_utils.modeling_madm import MADMModel, adapter_folders
+from madm_utils.model_folder import adapter_folders
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.original_checkpoint import ORIGINAL_NAME, ConvertedModel, text_encoder_state
 from madm_utils.segmenter import Segmenter
 
@@ -44,7 +45,8 @@ def published_checkpoint(folder: str | Path, base: str | None = None) -> Publish
         base: Stable Diffusion folder or Hub id in place of the stored reference; gives VAE and text encoder.
 
     Raises:
-        UserError: several models in the folder, a resolution that the published code cannot run, missing parts.
+        UserError: several models in the folder, a resolution or an approximation that the published code cannot run,
+            missing parts.
     """
     found = adapter_folders(folder)
     if len(found) > 1:
@@ -56,6 +58,14 @@ def published_checkpoint(folder: str | Path, base: str | None = None) -> Publish
         raise UserError(
             f"{folder} was trained at {model.resolution}x{model.resolution} pixels, latents of {noise.shape[-1]}; the "
             f"published code runs on latents of {_LATENT_SIZE} only (512x512 pixels). Train with --resolution 512"
+        )
+    changed = {"--head_resolution": model.segmenter.config.head_resolution, "--vae_decoder": model.vae_decoder}
+    changed = {flag: value for flag, value in changed.items() if value not in (1, None)}
+    if changed:
+        raise UserError(
+            f"{folder} was trained with {', '.join(f'{flag} {value}' for flag, value in changed.items())}; the "
+            "published code has the head at the image's size and the VAE's own decoder, and would segment something "
+            "else. Train without these flags"
         )
     student, remarks = model.segmenter, []
     if model.unet_tuning == "lora":

@@ -34,7 +34,8 @@ from madm_utils.cli import UserError
 from madm_utils.files import check_writable, replacing
 from madm_utils.hub import HubUpload, device_name, versions
 from madm_utils.model_card import write_model_card
-from madm_utils.modeling_madm import CONFIG_NAME, MADMModel
+from madm_utils.model_folder import CONFIG_NAME
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import Task
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ _FREE_SETTINGS = {
     "dry_run", "dataloader_num_workers", "max_corrupt_samples", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "preempt_signal", "validation_steps", "validate_on", "logging_steps", "report_to",
     "logging_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "gradient_checkpointing",
-    "allow_tf32", "device", "engine", "versions",
+    "allow_tf32", "compile", "vae_decoder", "device", "engine", "versions",
 }  # fmt: skip
 
 SIDE_EFFECTS = {"max_train_steps": "; schedules that depend on the length of the training are stretched"}
@@ -24,10 +24,13 @@ def identity(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     task = config["task"]
     values = {f"task {field}": value for field, value in task.items() if field != "hyperparameters"}
     values |= {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
-    # The flags, and what came from the launcher and the machine.
-    values |= record["settings"] | {
-        key: record[key] for key in ("mixed_precision", "num_processes", "device", "engine")
-    }
+    # The flags (runs from before this one had it worked at the full size), and what came from the launcher and the
+    # machine.
+    values |= (
+        {"head_resolution": 1}
+        | record["settings"]
+        | {key: record[key] for key in ("mixed_precision", "num_processes", "device", "engine")}
+    )
     values["world size x batch"] = record["num_processes"] * record["settings"]["train_batch_size"]
     for group in ("data", "versions"):
         values |= {f"{group} {key}": value for key, value in record[group].items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from huggingface_hub import hf_hub_download
 from PIL import Image
@@ -22,6 +22,7 @@ from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.images import ImageInput, read_image, split_images
 from madm_utils.inference import InferenceSettings, Predictor
 from madm_utils.segmenter import check_classes
+from madm_utils.small_decoder import check_signature, load_decoder
 from madm_utils.visualization import colorize, overlay
 
 _LORA = "pytorch_lora_weights.safetensors"
@@ -54,15 +55,16 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
         vae, unet, scheduler: of Stable Diffusion, the UNet with its LoRA. Those that are left out are loaded: the base
             model by the reference in `settings`, the LoRA from the folder above the segmenter's.
         settings: what `madm_config.json` holds.
+        vae_decoder: the small decoder of models that were trained with one; left out, it is loaded by reference.
 
     Raises:
         UserError: the base model cannot be loaded, or the LoRA does not fit it.
     """
 
     # The segmenter's conditioning is read outside of its forward pass, where offloading would not bring it back.
-    model_cpu_offload_seq = "vae->unet"
+    model_cpu_offload_seq = "vae->unet->vae_decoder"
     _exclude_from_cpu_offload = ["segmenter"]
-    _optional_components = ["vae", "unet", "scheduler"]
+    _optional_components = ["vae", "unet", "scheduler", "vae_decoder"]
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel | None = None,
         scheduler: DDPMScheduler | None = None,
         settings: dict[str, Any] | None = None,
+        vae_decoder: AutoencoderTiny | None = None,
     ):
         super().__init__()
         if not settings:
@@ -84,11 +87,18 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
         if lora and settings["task"]["modality"] not in getattr(unet, "peft_config", ()):
             _add_lora(unet, Path(segmenter.config._name_or_path).parent, settings["task"]["modality"])
         check_base(base_signature(vae, scheduler, unet if lora else None), settings["base_signature"], name)
-        self.register_modules(segmenter=segmenter, vae=vae, unet=unet, scheduler=scheduler)
+        # Folders that were written before there was a choice say nothing about a decoder.
+        decoder = settings.get("vae_decoder")
+        if decoder:
+            vae_decoder = vae_decoder or load_decoder(decoder, vae, vae.dtype)
+            check_signature(vae_decoder, settings["vae_decoder_signature"], decoder)
+        elif vae_decoder is not None:
+            raise UserError("this model was trained with the VAE's own decoder; leave `vae_decoder` out")
+        self.register_modules(segmenter=segmenter, vae=vae, unet=unet, scheduler=scheduler, vae_decoder=vae_decoder)
         self.register_to_config(settings=settings)
         latent_size = settings["resolution"] // 2 ** (len(vae.config.block_out_channels) - 1)
         self.extractor = DiffusionFeatureExtractor(
-            vae, unet, scheduler, latent_size, settings["noise_in_latent_dtype"]
+            vae, unet, scheduler, latent_size, settings["noise_in_latent_dtype"], vae_decoder
         )
 
     @property
@@ -113,8 +123,8 @@ class DiffusionSegmentationPipeline(DiffusionPipeline):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, h, w) in [0, 1], sides multiples of 64 -> logits (B, K, h, w)."""
-        prompt, time = self.segmenter.condition()
-        features, _ = self.extractor.extract(images, 0, prompt, time)
+        latents = self.extractor.encode(images * 2 - 1)
+        features, _ = self.extractor.extract(latents, 0, *self.segmenter.condition())
         return self.segmenter(features)
 
     def predictor(

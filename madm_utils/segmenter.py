@@ -4,6 +4,7 @@ The mean teacher is a copy of this module; it shares the student's UNet (MADM, s
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from madm_utils.base_model import vae_scale
 from madm_utils.cli import UserError
+from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.heads import DAFormerHead, recompute_in_backward
 
 
@@ -88,6 +91,8 @@ class Segmenter(ModelMixin, ConfigMixin):
         embed_channels: per-level width in the head.
         num_tokens, prompt_dim, time_dim: shape of the UNet's conditioning.
         dropout: `Dropout2d` probability of the head.
+        head_resolution: n: projection of the decoded image and head work at 1/n of the image (an approximation; the
+            head of DAFormer works at 1/4). The logits are brought back to the size of the image.
     """
 
     _supports_gradient_checkpointing = True
@@ -105,6 +110,7 @@ class Segmenter(ModelMixin, ConfigMixin):
         prompt_dim: int = 768,
         time_dim: int = 1280,
         dropout: float = 0.1,
+        head_resolution: int = 1,
     ):
         super().__init__()
         self.register_buffer("empty_text_embedding", torch.zeros(1, num_tokens, prompt_dim))
@@ -130,9 +136,48 @@ class Segmenter(ModelMixin, ConfigMixin):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """[decoded image, finest, middle, coarsest UNet feature] -> logits (B, K, H, W) at the image's size."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return self.head(
+        size, factor = features[0].shape[-2:], self.config.head_resolution
+        if factor > 1:
+            # The mean of each block of pixels: no pixel goes unseen (bilinear sampling would read 4 of 16), and the
+            # centres of the blocks are where bilinear enlargement without aligned corners expects them.
+            features = [F.avg_pool2d(features[0], factor), *features[1:]]
+        logits = self.head(
             [
                 self._gradient_checkpointing_func(project, x) if recompute else project(x)
                 for project, x in zip(self.projections, features, strict=True)
             ]
         )
+        # Enlarged in float32: the gradient of a coarse pixel is a sum over many fine ones.
+        return logits if factor == 1 else F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+
+
+def segmenter_config(
+    extractor: DiffusionFeatureExtractor,
+    num_classes: int,
+    projection_channels: int = 512,
+    bottleneck_channels: int = 128,
+    head_channels: int = 256,
+    head_resolution: int = 1,
+) -> dict[str, Any]:
+    """Arguments of `Segmenter` for this extractor; only the three widths and the head's resolution are free.
+
+    Raises:
+        UserError: the head would be coarser than the UNet's finest feature.
+    """
+    finest = vae_scale(extractor.vae)
+    if head_resolution > finest:
+        raise UserError(
+            f"--head_resolution {head_resolution} is coarser than the latents of this base model, which have "
+            f"1/{finest} of the image's size; give at most {finest}"
+        )
+    image_channels = max(32, projection_channels // 4)
+    return {
+        "num_classes": num_classes,
+        "feature_channels": extractor.feature_channels,
+        "projection_channels": [image_channels, *[projection_channels] * 3],
+        "bottleneck_channels": bottleneck_channels,
+        "head_channels": head_channels,
+        "embed_channels": head_channels,
+        "head_resolution": head_resolution,
+        "time_dim": extractor.unet.time_embedding.linear_2.out_features,
+    }

@@ -45,6 +45,7 @@ def save_standalone(folder: Path, settings: dict[str, Any]) -> None:
         "segmenter": ["segmenter", "Segmenter"],
         "unet": ["diffusers", "UNet2DConditionModel"] if full else [None, None],
         "vae": [None, None],
+        "vae_decoder": [None, None],
         "scheduler": [None, None],
         "settings": settings,
     }

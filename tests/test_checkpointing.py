@@ -287,6 +287,8 @@ def changed(values, path, value):
         ("mixed_precision", "bf16", "mixed_precision: no -> bf16"),
         ("data", {**RECORD["data"], "synthetic_depth/train": "xyz"}, "data synthetic_depth/train: def -> xyz"),
         ("data", {**RECORD["data"], "base model": "123"}, "data base model: None -> 123"),
+        ("data", {**RECORD["data"], "VAE decoder": "123"}, "data VAE decoder: None -> 123"),
+        ("settings/head_resolution", 4, "head_resolution: 1 -> 4"),
         ("data", {"synthetic_rgb/train": "abc"}, "data synthetic_depth/train: def -> None"),
     ],
 )

@@ -126,7 +126,8 @@ def test_numbers_and_files(model, data, tmp_path, capsys, protocol):
     }  # fmt: skip
     assert metrics["settings"] == {
         "weights": "student", "resolution": RESOLUTION, "mixed_precision": "no", "window": None, "stride": None,
-        "tta": [],
+        "tta": [], "compile": False, "merge_lora": False, "quantize_unet": None, "head_resolution": 1,
+        "vae_decoder": None,
     }  # fmt: skip
     assert [metrics[k] for k in ("task", "split", "protocol", "num_images", "class_names", "model")] == [
         TASK.name, "test", protocol, 5, list(TASK.class_names), str(model),

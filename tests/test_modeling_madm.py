@@ -13,6 +13,7 @@ from tiny_model import RESOLUTION, WIDTHS, base_folder, new_model, write_model
 
 import train_madm
 from madm_utils import base_model
+from madm_utils.augmentations import label_classes
 from madm_utils.base_model import BaseModelReference, base_signature, check_base
 from madm_utils.cli import UserError
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
@@ -281,7 +282,7 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list |
     accelerator = RecordingAccelerator(cpu=True)
     accelerator.events = [] if events is None else events
     model.register_forward_hook(lambda *_: accelerator.events.append("forward"))
-    draws = train_madm.draw(batch["source_label"], 0, "stream", args)
+    draws = train_madm.draw(batch["source_label"], label_classes(batch["source_label"]), 0, "stream", args)
     palette = palette_table(TASK.palette)
     scalars, _ = train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, accelerator)
     return scalars, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

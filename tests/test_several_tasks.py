@@ -10,7 +10,8 @@ from tiny_model import new_model
 
 from madm_utils import MADMPipeline
 from madm_utils.cli import UserError
-from madm_utils.modeling_madm import MADMModel, adapter_folders
+from madm_utils.model_folder import adapter_folders
+from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import TASKS
 from madm_utils.train_args import parse_train_args, train_parser
 
