@@ -46,7 +46,7 @@ test: $(STAMP)  ## lint, formatting and all tests (those of the page need make v
 	@failed=; \
 	$(PY) -m ruff check . || failed="$$failed lint"; \
 	$(PY) -m ruff format --check . || failed="$$failed formatting"; \
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS) || failed="$$failed tests"; \
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS) || failed="$$failed tests"; \
 	if [ -n "$$failed" ]; then echo "make test FAILED after $$SECONDS s:$$failed (see above)" >&2; exit 1; fi; \
 	echo "make test passed in $$SECONDS s: lint, formatting, tests"
 

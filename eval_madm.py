@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(models) > 1:
         # Hours may pass until the last one is needed; damaged weights are found now.
         for model in models:
-            model.load(args.weights, args.pretrained_model_name_or_path)
+            model.load(args.weights, args.pretrained_model_name_or_path, args.vae_decoder)
     evaluations: list[Evaluation] = []
     for number, (model, dataset) in enumerate(zip(models, datasets, strict=True), start=1):
         # What was worst for the models before is worth seeing of this one too.
@@ -163,10 +163,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def checked_models(args: argparse.Namespace, expected: Task | None) -> "list[EvaluatedModel]":
     """The models of the command line, which fit together and to what is asked of them."""
+    from madm_utils.approximations import check_lora
     from madm_utils.comparison import check_classes
     from madm_utils.evaluated_models import find_models
+    from madm_utils.model_folder import replaced_decoders
 
     models = find_models(args.model_path, args.names, args.ensemble)
+    folders = [folder for model in models for folder in model.folders]
+    if args.merge_lora:
+        check_lora(folders)
+    replaced_decoders(folders, args.vae_decoder)
     for model in models:
         if expected is not None:
             check_task(model.task, expected, " ".join(model.paths))
@@ -215,7 +221,8 @@ def evaluate_model(
 
     num_images = min(len(dataset), args.max_samples or len(dataset))
     spread = evenly_spread(num_images, args.num_pictures)
-    networks = [net.to(accelerator.device) for net in model.load(args.weights, args.pretrained_model_name_or_path)]
+    networks = model.load(args.weights, args.pretrained_model_name_or_path, args.vae_decoder)
+    networks = [network.to(accelerator.device) for network in networks]
     for network in networks:
         approximate(network, args.merge_lora, args.quantize_unet)
         if args.compile:

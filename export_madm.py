@@ -117,7 +117,8 @@ def load_merged(args: argparse.Namespace) -> "MADMModel":
     if len(names) > 1 and not args.modality:
         raise UserError(f"{args.model_path} holds models of {', '.join(names)}; choose one with --modality")
     folder = folders[args.modality] if args.modality else next(iter(folders.values()), args.model_path)
-    model = MADMModel.from_pretrained(folder, weights=args.weights, base=args.pretrained_model_name_or_path)
+    replaced = {"base": args.pretrained_model_name_or_path, "vae_decoder": args.vae_decoder}
+    model = MADMModel.from_pretrained(folder, args.weights, **replaced)
     merge_lora(model)  # in float32, before the weights are rounded
     return model.to(getattr(torch, args.dtype))
 

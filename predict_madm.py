@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = processes.from_main(lambda: make_plan(args, target))
     report = Report()
     if plan.jobs:
-        predictor, class_names, palette = load(args, accelerator.device)
+        predictor, class_names, palette = load(args, plan.decoders, accelerator.device)
         if processes.is_main:
             write_json(target, LEGEND_FILE, legend(class_names, palette))
             write_summary(target, plan, args, {"status": "running"})
@@ -153,6 +153,8 @@ class Plan:
     """Of `settings`."""
     legend: dict[int, dict[str, Any]]
     """What is missing though all images are done; else empty."""
+    decoders: list[str | None]
+    """See `replaced_decoders`."""
 
 
 def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
@@ -161,11 +163,17 @@ def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
     Raises:
         UserError: no such input, no images, no model, or an output folder that cannot be used.
     """
+    from madm_utils.approximations import check_lora
+    from madm_utils.model_folder import replaced_decoders
+
     if isinstance(target, HubStorage):
         target.check_writable()
     source, files = open_input(args.input, "--input")
     outputs = plan_outputs(source, files, target)
     folders = model_folders(args)
+    if args.merge_lora:
+        check_lora(folders)
+    decoders = replaced_decoders(folders, args.vae_decoder)
     settings = describe_settings(args, folders)
     there = target.files()
     if not args.overwrite:
@@ -181,7 +189,7 @@ def make_plan(args: argparse.Namespace, target: Storage) -> Plan:
             skip = {name for name, known in zip(outputs, pool.map(done, outputs), strict=True) if known}
     jobs = [plan_job(name, outputs[name], files[name], there) for name in outputs if name not in skip]
     missing = {} if jobs or LEGEND_FILE in there else read_legend(folders[0])
-    return Plan(str(source), jobs, len(skip), settings, digest, missing)
+    return Plan(str(source), jobs, len(skip), settings, digest, missing, decoders)
 
 
 def read_legend(folder: Path) -> dict[int, dict[str, Any]]:
@@ -212,11 +220,22 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
 
 
 def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict[str, Any]:
-    """All that decides about the result of an image. The number of processes does not, nor where the base model lies:
-    the models know which one it has to be."""
+    """All that decides about the result of an image.
+
+    The number of processes does not. --compile and the kind of device do not beyond rounding. Nor does where base
+    model and small decoder lie: the models know which ones these have to be. Approximations that are off are left out,
+    so that predictions of versions that had none go on.
+    """
     from madm_utils.model_folder import built_in_approximations
 
     settings = inference_settings(args)
+    built_in = [built_in_approximations(folder) for folder in folders]
+    exact = {"head_resolution": 1, "vae_decoder": None}
+    approximations = {
+        "merge_lora": args.merge_lora,
+        "quantize_unet": args.quantize_unet,
+        "built_in_approximations": built_in if any(one != exact for one in built_in) else None,
+    }
     return {
         "models": [model_digest(folder, args.weights) for folder in folders],
         "weights": args.weights,
@@ -225,26 +244,32 @@ def describe_settings(args: argparse.Namespace, folders: Sequence[Path]) -> dict
         "stride": settings.stride,
         "flip": settings.flip,
         "scales": settings.scales,
-        "compile": args.compile,
-        "merge_lora": args.merge_lora,
-        "quantize_unet": args.quantize_unet,
-        "built_in_approximations": [built_in_approximations(folder) for folder in folders],
         "overlay_alpha": args.overlay_alpha,
         "save_confidence": args.save_confidence,
+        **{name: value for name, value in approximations.items() if value},
     }
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace, device: Any) -> tuple["Predictor", Sequence[str], Sequence[tuple[int, int, int]]]:
-    """Load the model, or the ensemble; returns the predictor, the names and the colours of the classes."""
+def load(
+    args: argparse.Namespace, decoders: Sequence[str | None], device: Any
+) -> tuple["Predictor", Sequence[str], Sequence[tuple[int, int, int]]]:
+    """Load the model, or the ensemble; returns the predictor, the names and the colours of the classes.
+
+    Args:
+        args: the command line.
+        decoders: per model, see `replaced_decoders`.
+        device: where to run.
+    """
     from madm_utils.compilation import compile_model
     from madm_utils.pipeline_madm import MADMPipeline
 
+    options = {"device": device, "base": args.pretrained_model_name_or_path}
     pipes = [
-        MADMPipeline.from_pretrained(path, args.weights, device=device, base=args.pretrained_model_name_or_path)
-        for path in args.model_path
+        MADMPipeline.from_pretrained(path, args.weights, vae_decoder=decoder, **options)
+        for path, decoder in zip(args.model_path, decoders, strict=True)
     ]
     for pipe in pipes:
         if args.merge_lora:
@@ -320,9 +345,17 @@ def batches(
 def segment(
     predictor: "Predictor", batch: list[tuple[Job, Picture]], confidence: bool, source: Storage, writer: Writer
 ) -> Iterator[tuple[Job, Picture, "Prediction"]]:
-    """Predictions of a batch; when it fails, each image alone, so that one does not take the others with it."""
+    """Predictions of a batch; when it fails, each image alone, so that one does not take the others with it.
+
+    Raises:
+        CompileError: no image is to blame for that.
+    """
+    from madm_utils.compilation import CompileError
+
     try:
         predictions = predictor([picture.pixels for _, picture in batch], confidence=confidence)
+    except CompileError:
+        raise
     except (UserError, MemoryError, RuntimeError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise

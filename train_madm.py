@@ -57,7 +57,6 @@ from madm_utils.draws import Draws, draw
 from madm_utils.ema import copy_buffers, ema_decay, update_teacher
 from madm_utils.engines import OptimizerState, build_accelerator
 from madm_utils.evaluation import check_validation_split, validate
-from madm_utils.feature_extractor import DiffusionFeatureExtractor
 from madm_utils.files import writing
 from madm_utils.hub import HubUpload
 from madm_utils.interruption import StopSignals, ignore_stop_signals
@@ -122,15 +121,17 @@ def adaptation_pass(
     student: MADMModel = accelerator.unwrap_model(model)
     label = batch["source_label"]
     pictures = {"source": batch["source_image"].float() / 255}
-    if args.lplr_loss != "none":
-        pictures["source_palette"] = palette_image(label, palette)
     if teacher is not None:
         pictures["target"] = batch["target_image"].float() / 255
         # Class mix: source pixels of half of the classes pasted onto the target, then strongly augmented.
         pictures["mixed"] = draws.augment(mix(draws.mix_masks, pictures["source"], pictures["target"]))
-    # All that the VAE can know now, in one pass and before any activations live.
+    images = {name: image * 2 - 1 for name, image in pictures.items()}
+    if args.lplr_loss != "none":
+        images["source_palette"] = pictures["source_palette"] = palette_image(label, palette)
+    # All that the VAE can know now, in one call and before any activations live.
     with accelerator.autocast():
-        latents = encode_together(student.extractor, pictures)
+        latents = student.extractor.encode(torch.cat(list(images.values()))).chunk(len(images))
+    latents = dict(zip(images, latents, strict=True))
 
     if teacher is None:
         scalars, shown = source_branch(model, label, latents, args, accelerator, across)
@@ -142,13 +143,6 @@ def adaptation_pass(
         model, teacher, label, latents, draws, args, palette, accelerator, across
     )
     return scalars | mixed_scalars, pictures | shown | mixed_shown
-
-
-def encode_together(extractor: DiffusionFeatureExtractor, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Latents (B, C, h, w) by name of `pictures`: those called `..._palette` in [-1, 1], the others in [0, 1]."""
-    images = [image if name.endswith("_palette") else image * 2 - 1 for name, image in pictures.items()]
-    latents = extractor.encode(torch.cat(images)).chunk(len(images))
-    return dict(zip(pictures, latents, strict=True))
 
 
 def source_branch(

@@ -13,8 +13,9 @@ Speed: the time of a training step and of a segmented image, both with random we
 Stable Diffusion, as a ratio to the exact model, with which it takes turns in processes of their own. Nothing else
 should run then; `--cpu_time` helps where that cannot be.
 
-What is done lies in `--output_dir`: an interrupted run goes on with the same command. Where bf16 is only emulated,
-the row trained in bf16 takes the first seed alone, and rows in bf16 have no time.
+What is done lies in `--output_dir`: an interrupted run goes on with the same command; remove the folder after a change
+of the code. Where bf16 is only emulated, the row trained in bf16 takes the first seed alone, and rows in bf16 have no
+time. The exit code is 1 where bf16 is inferior.
 """
 
 import argparse
@@ -23,19 +24,24 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measuring import Worker, clock, heading, in_turns, is_bf16_fast, serve
+from benchmarks.common import machine
+from benchmarks.measuring import Worker, clock, goal, heading, in_turns, is_bf16_fast, serve
+from madm_utils import __version__
 from madm_utils.args import formatter, positive_float, positive_int
 from madm_utils.args import seed as seed_number
 from madm_utils.bootstrap import paired_difference
 from madm_utils.cli import UserError, quiet_libraries, run
+from madm_utils.cpu_memory import keep_freed_memory
 from madm_utils.files import publish_folder, replacing
 from madm_utils.metrics import mean_scores
 
@@ -279,6 +285,7 @@ def serve_timed(name: str, kind: str, cpu_time: bool) -> None:
     from benchmarks.common import build_model, training_settings, training_step
     from madm_utils.approximations import approximate
 
+    keep_freed_memory()
     row = ROWS[name]
     accelerator = Accelerator(mixed_precision=row.training if kind == "training" else row.evaluation)
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -330,7 +337,7 @@ def speed(out: Path, name: str, kind: str, args: argparse.Namespace) -> dict:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure [all]")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure")
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1], help="of the trainings [0 1]")
     parser.add_argument("--margin", type=positive_float, default=1.0, help="mIoU in percent that may be lost")
     parser.add_argument("--steps", type=positive_int, default=150, help="of each training")
@@ -349,9 +356,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_settings(out: Path, args: argparse.Namespace) -> None:
-    """Raise `UserError` where `out` holds results of other settings; they would be mixed."""
+    """Raise `UserError` where `out` holds results of other settings or of another machine; they would be mixed."""
     names = ("steps", "resolution", "num_train", "num_test", "distillation_steps")
     settings = {name: getattr(args, name) for name in names}
+    settings |= {"machine": machine(), "torch": version("torch"), "suite": __version__}
     path = out / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     if found != settings:
@@ -383,17 +391,17 @@ def line(out: Path, name: str, bf16: bool, args: argparse.Namespace) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate what is missing, then time, and print the table."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and evaluate what is missing, then time, and print the table; 1 where bf16 is inferior."""
     argv = sys.argv[1:] if argv is None else list(argv)
     quiet_libraries()
     if argv[:1] == ["--counts"]:
         write_counts(Path(argv[1]), argv[2:])
-        return
+        return 0
     args = parse_args(argv)
     if args.measure:
         serve_timed(args.measure, args.kind, args.cpu_time)
-        return
+        return 0
     out = args.output_dir.resolve()
     check_settings(out, args)
     prepare(out, args)
@@ -411,9 +419,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.rows:
         if name != ROWS[name].reference:
             print(line(out, name, bf16, args), flush=True)
+    written = sorted(path.stat().st_mtime for path in out.glob("seed-*/*.npy"))
+    dates = [time.strftime("%Y-%m-%d", time.localtime(written[i])) for i in (0, -1)]
+    print(f"\nTrained and evaluated from {dates[0]} to {dates[1]}.")
     if "exact" in names and len(args.seeds) > 1:
         spread = quality_spread(out, args.seeds)
-        print(f"\nThe exact model alone moves by up to {spread:.2f} mIoU from seed to seed.")
+        print(f"The exact model alone moves by up to {spread:.2f} mIoU from seed to seed.")
+    print()
+    return verdicts(out, bf16, args)
+
+
+def verdicts(out: Path, bf16: bool, args: argparse.Namespace) -> int:
+    """Non-inferiority of the rows in bf16, which is to be as good as float32; returns the exit code."""
+    missed = 0
+    for name in args.rows:
+        if "bf16" in (ROWS[name].training, ROWS[name].evaluation):
+            seeds = seeds_of(name, args.seeds, bf16)
+            q = quality(out, name, seeds)
+            met = q["interval"][0] > -args.margin
+            missed += not met
+            what = f"{name} is not inferior by {args.margin:g} mIoU to {ROWS[name].reference}, {len(seeds)} seeds"
+            goal(what, met, f"{q['difference']:+.2f}, at least {q['interval'][0]:+.2f}")
+    return 1 if missed else 0
 
 
 def quality_spread(out: Path, seeds: Sequence[int]) -> float:

@@ -38,6 +38,7 @@ from benchmarks.common import (
 from benchmarks.measuring import Worker, clock, heading, in_turns, serve
 from madm_utils.args import formatter, positive_int
 from madm_utils.cli import UserError, quiet_libraries, run
+from madm_utils.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,6 +102,7 @@ def measure(row: str, factor: int, size: str, resolution: int, cpu_time: bool) -
     quiet_libraries()
     from accelerate import Accelerator
 
+    keep_freed_memory()
     accelerator = Accelerator()
     with make_call(row, factor, size, resolution, accelerator) as call:
         serve(call, dict, clock(accelerator.device.type, cpu_time))
@@ -152,7 +154,7 @@ def table(args: argparse.Namespace) -> list[str]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is doubled [all]")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is doubled")
     parser.add_argument("--size", choices=tuple(SIZES), default="medium", help="widths of the model")
     parser.add_argument("--resolution", type=positive_int, default=128, help="side of the images before doubling")
     parser.add_argument("--repeats", type=positive_int, default=3, help="counted calls, after a first one")

@@ -23,7 +23,7 @@ from madm_utils.cli import UserError, quiet_libraries, run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_madm.py", "eval_madm.py", "predict_madm.py", "prepare_datasets.py", "convert_original_madm.py",
-           "export_madm.py")  # fmt: skip
+           "export_madm.py", "demo_app.py")  # fmt: skip
 HELP_GOAL, STEP_GOAL = 2, 20
 
 

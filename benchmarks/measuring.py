@@ -198,3 +198,8 @@ def heading() -> str:
 def goal(what: str, met: bool, value: str) -> None:
     """Print one line of the verdict."""
     print(f"goal, {what}: {'met' if met else 'MISSED'} ({value})")
+
+
+def unmeasured(what: str) -> None:
+    """Print the line of a goal for a GPU where there is none."""
+    print(f"goal, {what}: not measured (no GPU here)")

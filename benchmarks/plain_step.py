@@ -9,7 +9,7 @@ description suggests (MADM, sections 3.1 to 3.3):
 - the graphs of both branches live until one backward pass of the sum of the losses
 - labels become palette images with PIL, on the host, one after the other
 - a pixel's confidence is the largest value of a softmax
-- EMA and AdamW visit the parameters one by one
+- EMA visits the parameters one by one; AdamW is PyTorch's default, which does so on a CPU
 
 `Arrangement` puts parts of the suite in their place, so that a table can show what each of them gains. Published
 settings only: one weight of the pseudo labels for the batch, losses averaged over all pixels, a teacher in training
@@ -190,7 +190,7 @@ class PlainTraining:
             optimizer = build_adamw(groups, betas, args.adam_epsilon, use_8bit=False)
         else:
             groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
-            optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, foreach=False, fused=False)
+            optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.teacher = copy.deepcopy(self.model.segmenter).requires_grad_(False).train()
         self.table = palette_table(model.task.palette, self.teacher.device)

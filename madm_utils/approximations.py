@@ -1,15 +1,39 @@
 """Approximations of a trained model at inference: a merged LoRA, and the weights of the UNet in 8 bits."""
 
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from madm_utils.cli import UserError
-from madm_utils.merging import merge_lora
+from madm_utils.merging import check_unshared, merge_lora
+from madm_utils.model_folder import read_config
 from madm_utils.modeling_madm import MADMModel
 
 QUANTIZATIONS = ("int8", "fp8")
+_NO_LORA = (
+    "there is no LoRA to merge: the UNet of this model was trained whole, or its LoRA is merged already; leave "
+    "--merge_lora out"
+)
+
+
+def check_lora(folders: Iterable[Path]) -> None:
+    """Raise `UserError` unless each of these models has a LoRA that can be merged; none is loaded."""
+    for folder in folders:
+        if read_config(folder).unet_tuning != "lora":
+            raise UserError(f"{folder}: {_NO_LORA}")
+
+
+def check_approximation(model: MADMModel, merge: bool = False, quantization: str | None = None) -> None:
+    """Raise the errors of `approximate`, and change nothing."""
+    if merge and model.unet_tuning != "lora":
+        raise UserError(_NO_LORA)
+    if quantization:
+        _check_quantization(model, quantization)
+    if merge or quantization:
+        check_unshared(model)
 
 
 def approximate(model: MADMModel, merge: bool = False, quantization: str | None = None) -> None:
@@ -21,13 +45,10 @@ def approximate(model: MADMModel, merge: bool = False, quantization: str | None 
         quantization: `int8` or `fp8`, see `quantize_unet`.
 
     Raises:
-        UserError: a merge without a LoRA, a UNet that several models share, or see `quantize_unet`.
+        UserError: a merge without a LoRA, a UNet that several models share, or see `quantize_unet`. The model is as
+            before then.
     """
-    if merge and model.unet_tuning != "lora":
-        raise UserError(
-            "there is no LoRA to merge: the UNet of this model was trained whole, or its LoRA is merged already; "
-            "leave --merge_lora out"
-        )
+    check_approximation(model, merge, quantization)
     if merge or quantization:
         merge_lora(model)
     if quantization:
@@ -46,15 +67,19 @@ def quantize_unet(model: MADMModel, quantization: str) -> None:
     Raises:
         UserError: another name, or the UNet is quantised already.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"the UNet can be quantised to {' or '.join(QUANTIZATIONS)}, got {quantization!r}")
-    if model.quantization is not None:
-        raise UserError(f"the UNet is stored in {model.quantization} already; load the model again")
+    _check_quantization(model, quantization)
     if quantization == "fp8":
         model.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.unet.dtype)
     else:
         _linear_layers_to_int8(model.unet)
     model.quantization = quantization
+
+
+def _check_quantization(model: MADMModel, quantization: str) -> None:
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"the UNet can be quantised to {' or '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if model.quantization is not None:
+        raise UserError(f"the UNet is stored in {model.quantization} already; load the model again")
 
 
 def _linear_layers_to_int8(unet: nn.Module) -> None:

@@ -165,6 +165,10 @@ def add_weights_arguments(group) -> None:
         "--pretrained_model_name_or_path", metavar="BASE",
         help="base model in place of the one stored with the model, e.g. when its folder has moved",
     )  # fmt: skip
+    group.add_argument(
+        "--vae_decoder", metavar="PATH_OR_ID",
+        help="of models with a small decoder: where it is, in place of what is stored with the model",
+    )  # fmt: skip
 
 
 def inference_settings(args: argparse.Namespace) -> "InferenceSettings":

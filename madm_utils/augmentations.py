@@ -16,29 +16,16 @@ JITTER_STRENGTH = 0.2
 BLUR_SIGMA = (0.15, 1.15)
 
 
-def class_mix_masks(labels: Tensor, rng: np.random.Generator, scope: str = "batch") -> Tensor:
-    """ClassMix (2007.07936): for every image choose half of the classes (rounded up); the mask is their pixels.
-
-    Training counts the classes in the data loader (`label_classes`), because reading labels waits for their device.
-
-    Args:
-        labels: (B, H, W) int64 source labels.
-        rng: draws the classes.
-        scope: see `choose_classes`.
-
-    Returns:
-        (B, H, W) bool, True where the source pixel is pasted.
-    """
-    return class_masks(labels, choose_classes(label_classes(labels), rng, scope))
-
-
 def label_classes(labels: Iterable[Tensor]) -> np.ndarray:
-    """Which ids from 0 to 255 each of B integer labels holds, (B, 256) bool in host memory."""
+    """Which ids from 0 to 255 each of B integer labels holds, (B, 256) bool in host memory.
+
+    Training counts them in the data loader, because reading labels waits for their device.
+    """
     return np.stack([np.bincount(label.numpy(force=True).ravel(), minlength=256) > 0 for label in labels])
 
 
 def choose_classes(present: np.ndarray, rng: np.random.Generator, scope: str = "batch") -> np.ndarray:
-    """Half of the classes for every image, rounded up.
+    """ClassMix (2007.07936): half of the classes for every image, rounded up.
 
     Args:
         present: (B, 256) bool of `label_classes`.

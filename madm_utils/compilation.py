@@ -9,6 +9,7 @@ compiled. diffusers' `compile_repeated_blocks` would take the UNet's transformer
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from madm_utils.segmenter import Segmenter
 _VARIANTS = 128
 """Graphs of one class of blocks: some 15 shapes in Stable Diffusion's UNet, with and without gradient, for a few image
 sizes. PyTorch's limit of 8 would end in the first step."""
+
+
+class CompileError(UserError):
+    """A block cannot be compiled, whatever it is to compute."""
 
 
 def compile_model(
@@ -44,8 +49,9 @@ def compile_model(
         backend: of torch.compile.
 
     Raises:
-        UserError: the compiler for this device is missing; later, from a forward pass, a block cannot be compiled or
-            more than 128 variants of one class of blocks were.
+        UserError: the compiler for this device is missing.
+        CompileError: later, from a forward pass, a block cannot be compiled or more than 128 variants of one class
+            of blocks were.
     """
     if backend == "inductor":
         check_compiler(device.type)
@@ -56,7 +62,7 @@ def compile_model(
         if block._compiled_call_impl is None:
             block.compile(fullgraph=True, dynamic=False, backend=backend, options=options, recompile_limit=_VARIANTS)
             block._compiled_call_impl = _explained(name, block._compiled_call_impl)
-    clock = _CompileClock()
+    clock = _compile_clock()
     for segmenter in segmenters:
         segmenter.register_forward_hook(lambda *_: clock.report())
     _say(
@@ -123,13 +129,13 @@ def _explained(name: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit:
-            raise UserError(
+            raise CompileError(
                 f"--compile: {name} and its like have been compiled for {_VARIANTS} shapes, too many sizes of images "
                 "or batches; use fewer, or leave --compile out"
             ) from None
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:500]
-            raise UserError(
+            raise CompileError(
                 f"--compile: torch.compile cannot compile {name}: {reason}. Leave --compile out, or mend the compiler "
                 "(on a CPU: g++ and Python's headers; on a GPU: Triton)"
             ) from error
@@ -156,8 +162,14 @@ class _CompileClock:
     def report(self) -> None:
         """After a forward pass: one line, if something was compiled in it."""
         if self.graphs > self._said:
-            _say(f"--compile: {self.graphs} blocks compiled in {self.seconds:.0f} s so far")
+            _say(f"--compile: {self.graphs} graphs compiled in {self.seconds:.0f} s so far")
             self._said = self.graphs
+
+
+@cache
+def _compile_clock() -> _CompileClock:
+    """The one of this process: PyTorch tells every clock of every graph."""
+    return _CompileClock()
 
 
 def _say(text: str) -> None:

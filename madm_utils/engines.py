@@ -154,8 +154,8 @@ class TrainingAccelerator(Accelerator):
             mixed_precision="no" if self.engine == "deepspeed" else precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
             kwargs_handlers=handlers,
-            # The loader pins its batches, so that copying one to the device need not wait for the step before.
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            # For CUDA the loader pins its batches; copying one then need not wait for the step before.
+            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
             **plugins,
             **options,
         )
@@ -279,14 +279,17 @@ class OptimizerState:
             state = {
                 i: {k: _like(v, parameters[i]) for k, v in values.items()} for i, values in saved["state"].items()
             }
-            self.optimizer.load_state_dict({**saved, "state": state})
+            own = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+            groups = [stored | _implementation(group) for stored, group in own]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for (flat, group, _), stored in zip(self._divided_groups(), saved["param_groups"], strict=True):
-            group.update({key: value for key, value in stored.items() if key != "params"})
+            group.update({k: v for k, v in stored.items() if k != "params"} | _implementation(group))
             for key, value in saved["state"][stored["params"][0]].items():
-                self.optimizer.state[flat][key] = torch.zeros_like(flat) if value.dim() else value.clone()
+                # A fused AdamW counts its steps on the device.
+                self.optimizer.state[flat][key] = torch.zeros_like(flat) if value.dim() else value.to(flat.device)
         self._link()
         for index, parameter in enumerate(parameters):
             for key, value in saved["state"][index].items():
@@ -303,6 +306,11 @@ class OptimizerState:
 
         for flat, parameters in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
             lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
+
+
+def _implementation(group: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a group that say how it is computed, not what: never those of the run that wrote a checkpoint."""
+    return {key: group[key] for key in ("foreach", "fused", "capturable") if key in group}
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:

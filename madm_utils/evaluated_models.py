@@ -11,7 +11,7 @@ from typing import Any
 
 from madm_utils.base_model import local_folder
 from madm_utils.cli import UserError
-from madm_utils.model_folder import CONFIG_NAME, adapter_folders, built_in_approximations
+from madm_utils.model_folder import CONFIG_NAME, adapter_folders, built_in_approximations, read_config
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import Task, task_from_dict
 
@@ -34,9 +34,13 @@ class EvaluatedModel:
     task: Task
     resolution: int
 
-    def load(self, weights: str, base: str | None) -> list[MADMModel]:
-        """The networks, on the CPU; `weights` and `base` as `MADMModel.from_pretrained` takes them."""
-        return [MADMModel.from_pretrained(folder, weights, base=base) for folder in self.folders]
+    def load(self, weights: str, base: str | None, vae_decoder: str | None = None) -> list[MADMModel]:
+        """The networks, on the CPU; all as `MADMModel.from_pretrained` takes it, `vae_decoder` where there is one."""
+        decoders = [vae_decoder if read_config(folder).vae_decoder else None for folder in self.folders]
+        return [
+            MADMModel.from_pretrained(folder, weights, base=base, vae_decoder=decoder)
+            for folder, decoder in zip(self.folders, decoders, strict=True)
+        ]
 
     def built_in_approximations(self) -> dict[str, Any]:
         """See `model_folder`; of an ensemble with differing networks, each one's value."""

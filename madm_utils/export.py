@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from madm_utils.base_model import vae_scale
 from madm_utils.cli import UserError
+from madm_utils.model_folder import decoder_name
 from madm_utils.modeling_madm import MADMModel
 
 FILE_NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
@@ -189,6 +190,8 @@ def description(model: MADMModel, shape: ExportShape, format: str, opset: int) -
             "divide by 255, channels first: float32 (batch, 3, height, width)",
         ],
         "trained_at": [side, side],
+        "head_resolution": model.segmenter.config.head_resolution,
+        "vae_decoder": decoder_name(model.vae_decoder),
         "output": {"name": "logits", "dtype": "float32", "shape": [batch, task.num_classes, *sides]},
         "postprocessing": [
             "resize the logits to the size of the image, bilinear (align_corners false)",

@@ -55,6 +55,7 @@ class DiffusionFeatureExtractor(nn.Module):
         self.unet = unet
         self.scheduler = scheduler
         self.noise_in_latent_dtype = noise_in_latent_dtype
+        self._drawn: dict[tuple, Tensor] = {}
         self.register_buffer("shared_noise", self.draw_noise(latent_size, latent_size), persistent=False)
 
     @property
@@ -104,9 +105,19 @@ class DiffusionFeatureExtractor(nn.Module):
             latents = latents.float()
         noise = self.shared_noise
         if noise.shape[-2:] != latents.shape[-2:]:
-            noise = self.draw_noise(*latents.shape[-2:])
+            noise = self._noise_like(latents)
         timesteps = torch.full((1,), timestep, device=latents.device, dtype=torch.long)
         return self.scheduler.add_noise(latents, noise.to(latents), timesteps)
+
+    def _noise_like(self, latents: Tensor) -> Tensor:
+        """The draw for another size than that of training; kept, because copying it to a device waits for that."""
+        size = latents.shape[-2:]
+        if torch.compiler.is_compiling():
+            return self.draw_noise(*size)
+        key = (*size, latents.device)
+        if key not in self._drawn:
+            self._drawn[key] = self.draw_noise(*size).to(latents.device)
+        return self._drawn[key]
 
     def denoise(self, noisy: Tensor, timestep: int, prompt: Tensor, time: Tensor) -> tuple[list[Tensor], Tensor]:
         """Run the UNet once.

@@ -102,7 +102,7 @@ class DepthwiseConvBNReLU(ConvBNReLU):
     def __init__(self, channels: int, dilation: int):
         super().__init__(channels, channels, 3, dilation, groups=channels)
 
-    def forward(self, parts: Iterable[Tensor], size: Sequence[int]) -> Iterator[Tensor]:
+    def each(self, parts: Iterable[Tensor], size: Sequence[int]) -> Iterator[Tensor]:
         """The layer on maps (B, c_i, h_i, w_i) resized to `size`: the results (B, c_i, *size), one after the other."""
         weight, bias = self.folded()
         start = 0
@@ -157,11 +157,28 @@ def resize_bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
     return rows @ (x @ columns.T)
 
 
+_MATRICES: dict[tuple, Tensor] = {}
+"""Made by `_resizing_matrices`; few, as images have few sizes."""
+
+
 def _resizing_matrices(length: int, new_length: int, shifts: Sequence[int], like: Tensor) -> Tensor:
     """(len(shifts), new_length, length): matrices that enlarge bilinearly and then read that far away, zeros beyond.
 
-    Made on the device of `like`, for its type: a copy from the host would wait for the device.
+    Of the device and type of `like`, and made there: a copy from the host would wait for the device.
     """
+    key = (length, new_length, *shifts, like.device, like.dtype)
+    # A graph must not hold what another one made, nor autograd what inference mode made.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return _make_resizing_matrices(length, new_length, shifts, like)
+    if key not in _MATRICES:
+        matrices = _make_resizing_matrices(length, new_length, shifts, like)
+        if type(matrices) is not Tensor:  # one without memory, of a pass that only counts
+            return matrices
+        _MATRICES[key] = matrices
+    return _MATRICES[key]
+
+
+def _make_resizing_matrices(length: int, new_length: int, shifts: Sequence[int], like: Tensor) -> Tensor:
     position = torch.stack([torch.arange(shift, new_length + shift, device=like.device) for shift in shifts])
     inside = (position >= 0) & (position < new_length)
     source = ((position + 0.5) * (length / new_length) - 0.5).clamp(0, length - 1)
@@ -179,7 +196,7 @@ class SeparableConvBNReLU(nn.Module):
 
     def forward(self, parts: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Maps (B, c_i, h_i, w_i), resized to `size` and concatenated -> (B, out_channels, *size)."""
-        return self.pointwise_conv(self.depthwise_conv(parts, size), size)
+        return self.pointwise_conv(self.depthwise_conv.each(parts, size), size)
 
 
 class SeparableASPP(nn.Module):

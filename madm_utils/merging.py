@@ -15,13 +15,19 @@ def merge_lora(model: MADMModel) -> None:
     """
     if model.unet_tuning != "lora":
         return
-    if len(model.unet.peft_config) > 1:
-        raise UserError(
-            f"the LoRAs of {', '.join(model.unet.peft_config)} share one UNet, so none of them can be merged; load "
-            "the folder of one of them"
-        )
+    check_unshared(model)
     model.unet.fuse_lora(adapter_names=[model.task.modality])
     model.unet.unload_lora()
     model.unet_tuning = "full"
     # Of a base whose UNet is not used, as a model that was trained whole has it.
     model.base_signature = base_signature(model.extractor.vae, model.extractor.scheduler)
+
+
+def check_unshared(model: MADMModel) -> None:
+    """Raise `UserError` where other models' LoRAs are on the UNet of this one."""
+    adapters = getattr(model.unet, "peft_config", {})
+    if len(adapters) > 1:
+        raise UserError(
+            f"the LoRAs of {', '.join(adapters)} share one UNet, so none of them can be merged; load the folder of "
+            "one of them"
+        )

@@ -4,6 +4,7 @@ The layout is described in `modeling_madm.py`, which loads and saves the weights
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,28 @@ def built_in_approximations(folder: Path) -> dict[str, Any]:
         head_resolution = json.loads(path.read_text(encoding="utf-8")).get("head_resolution", 1)
     except (OSError, AttributeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); download or train again") from None
-    decoder = read_config(folder).vae_decoder
-    if decoder and Path(decoder).is_absolute():
-        decoder = Path(decoder).name
-    return {"head_resolution": head_resolution, "vae_decoder": decoder}
+    return {"head_resolution": head_resolution, "vae_decoder": decoder_name(read_config(folder).vae_decoder)}
+
+
+def decoder_name(reference: str | None) -> str | None:
+    """A small decoder's Hub id, or the name of its local folder."""
+    local = reference and (Path(reference).is_absolute() or Path(reference).is_dir())
+    return Path(reference).name if local else reference
+
+
+def replaced_decoders(folders: Sequence[Path], vae_decoder: str | None) -> list[str | None]:
+    """What each model loads in place of the small decoder it refers to: `vae_decoder`, or None where it has none.
+
+    Raises:
+        UserError: `vae_decoder` is given, and no model has a small decoder.
+    """
+    found = [vae_decoder if vae_decoder and read_config(folder).vae_decoder else None for folder in folders]
+    if vae_decoder and not any(found):
+        raise UserError(
+            f"--vae_decoder {vae_decoder} (in Python `vae_decoder=`) takes the place of the small decoder that a "
+            f"model was trained with; there is none in {', '.join(map(str, folders))}: leave it out"
+        )
+    return found
 
 
 def adapter_folders(folder: str | Path, revision: str | None = None) -> dict[str, Path]:

@@ -30,7 +30,7 @@ from madm_utils.base_model import BaseModelReference
 from madm_utils.cli import UserError
 from madm_utils.engines import gather_state
 from madm_utils.feature_extractor import DiffusionFeatureExtractor
-from madm_utils.model_folder import CONFIG_NAME, ModelConfig, read_config
+from madm_utils.model_folder import CONFIG_NAME, ModelConfig, read_config, replaced_decoders
 from madm_utils.segmenter import Segmenter, check_classes, segmenter_config
 from madm_utils.standalone import save_standalone
 from madm_utils.tasks import Task
@@ -169,10 +169,9 @@ class MADMModel(nn.Module):
             vae = base_model.load_vae(base, frozen_dtype)
             unet = base_model.load_unet(base, frozen_dtype if unet_tuning == "lora" else torch.float32, quantize_base)
         latent_size = resolution // base_model.vae_scale(vae)
-        decoder = _load_decoder(vae_decoder, vae, shared)
-        extractor = DiffusionFeatureExtractor(
-            vae, unet, base_model.load_scheduler(base), latent_size, noise_in_latent_dtype, decoder
-        )
+        decoder = _load_decoder(vae_decoder, vae, () if shared is None else (shared,))
+        scheduler = base_model.load_scheduler(base)
+        extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, noise_in_latent_dtype, decoder)
         embedding = base_model.empty_text_embedding(base)
         if embedding.shape[2] != unet.config.cross_attention_dim:
             raise UserError(
@@ -293,7 +292,8 @@ class MADMModel(nn.Module):
         dtype: torch.dtype | None = None,
         base: str | None = None,
         revision: str | None = None,
-        shared: "MADMModel | None" = None,
+        shared: "tuple[MADMModel, ...]" = (),
+        vae_decoder: str | None = None,
     ) -> "MADMModel":
         """Load a saved model in evaluation mode.
 
@@ -303,7 +303,8 @@ class MADMModel(nn.Module):
             dtype: of all weights; float32 by default.
             base: Stable Diffusion folder or Hub id in place of the stored reference, e.g. on another machine.
             revision: of the Hub repository.
-            shared: a loaded LoRA model of another modality whose VAE and UNet are used when its base is the same.
+            shared: models loaded before; VAE and UNet of a LoRA model on the same base are used, and a decoder.
+            vae_decoder: folder or Hub id in place of the stored reference to the small decoder.
 
         Raises:
             UserError: not a MADM folder, missing base, or tensors that are missing, unexpected or of another shape.
@@ -316,12 +317,11 @@ class MADMModel(nn.Module):
             raise UserError(
                 f"{folder} holds no teacher (source-only runs and saved pipelines have none); use --weights student"
             )
-        if shared is not None and tuning == "lora" and shared.base == reference:
-            vae, unet = shared.extractor.vae, shared.unet
-        else:
-            vae = base_model.load_vae(reference)
-            unet = base_model.load_unet(reference) if tuning == "lora" else None
+        (replaced,) = replaced_decoders([folder], vae_decoder)
+        same = next((m for m in shared if tuning == m.unet_tuning == "lora" and m.base == reference), None)
+        vae = base_model.load_vae(reference) if same is None else same.extractor.vae
         if tuning == "lora":
+            unet = base_model.load_unet(reference) if same is None else same.unet
             base_model.load_lora(unet, folder, task.modality)
         else:
             unet = base_model.load_strict(UNet2DConditionModel, folder, "unet")
@@ -329,22 +329,22 @@ class MADMModel(nn.Module):
         check_classes(segmenter.config.num_classes, task.class_names, str(folder))
         latent_size = config.resolution // base_model.vae_scale(vae)
         scheduler = base_model.load_scheduler(reference)
-        decoder = _load_decoder(config.vae_decoder, vae, shared)
+        name = replaced or config.vae_decoder
+        decoder = _load_decoder(name, vae, shared)
         extractor = DiffusionFeatureExtractor(vae, unet, scheduler, latent_size, config.noise_in_latent_dtype, decoder)
-        model = cls(extractor, segmenter, task, reference, config.resolution, tuning, config.vae_decoder)
+        model = cls(extractor, segmenter, task, reference, config.resolution, tuning, name)
         base_model.check_base(model.base_signature, config.base_signature, reference.pretrained_model_name_or_path)
         if decoder is not None:
-            small_decoder.check_signature(decoder, config.vae_decoder_signature, config.vae_decoder)
+            small_decoder.check_signature(decoder, config.vae_decoder_signature, name)
         model.to(dtype or torch.float32)
         # The cast has rounded the fixed noise too.
         model.extractor.shared_noise = model.extractor.draw_noise(latent_size, latent_size)
         return model.requires_grad_(False).eval()
 
 
-def _load_decoder(name: str | None, vae: AutoencoderKL, shared: MADMModel | None) -> AutoencoderTiny | None:
-    """The small decoder `name` in the precision of the VAE; the one of `shared` where it is the same, or none."""
+def _load_decoder(name: str | None, vae: AutoencoderKL, shared: tuple[MADMModel, ...]) -> AutoencoderTiny | None:
+    """The small decoder `name`, in the precision of the VAE; that of a model in `shared` which has the same one."""
     if name is None:
         return None
-    if shared is not None and shared.extractor.vae is vae and shared.vae_decoder == name:
-        return shared.extractor.vae_decoder
-    return small_decoder.load_decoder(name, vae, vae.dtype)
+    found = (m.extractor.vae_decoder for m in shared if m.extractor.vae is vae and m.vae_decoder == name)
+    return next(found, None) or small_decoder.load_decoder(name, vae, vae.dtype)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from madm_utils.approximations import approximate
+from madm_utils.approximations import approximate, check_approximation
 from madm_utils.args import check_precision
 from madm_utils.cli import UserError
 from madm_utils.cpu_memory import keep_freed_memory
 from madm_utils.files import publish_folder
 from madm_utils.hub import stale_files
 from madm_utils.model_card import write_pipeline_card
-from madm_utils.model_folder import adapter_folders
+from madm_utils.model_folder import adapter_folders, replaced_decoders
 from madm_utils.modeling_madm import MADMModel
 from madm_utils.segmentation_pipeline import DiffusionSegmentationPipeline, MADMPipelineOutput
 
@@ -68,6 +68,7 @@ class MADMPipeline(DiffusionSegmentationPipeline):
         device: str | torch.device | None = None,
         base: str | None = None,
         revision: str | None = None,
+        vae_decoder: str | None = None,
     ) -> MADMPipeline:
         """Load the model in a run folder, a checkpoint folder or a Hub repository.
 
@@ -80,16 +81,18 @@ class MADMPipeline(DiffusionSegmentationPipeline):
             device: where to run; default: CPU until `to` is called.
             base: Stable Diffusion folder or Hub id in place of the stored reference.
             revision: of the Hub repository.
+            vae_decoder: folder or Hub id in place of the stored reference, for the adapters with a small decoder.
 
         Raises:
-            UserError: nothing there, not a model of this suite, or its base model cannot be loaded.
+            UserError: nothing there, not a model of this suite, its base model cannot be loaded, or `vae_decoder` is
+                given and there is no small decoder.
         """
+        folders = list(adapter_folders(path_or_id, revision).values())
+        decoders = replaced_decoders(folders, vae_decoder) if folders else [vae_decoder]
         models: list[MADMModel] = []
-        for folder in adapter_folders(path_or_id, revision).values() or (path_or_id,):
-            shared = models[0] if models else None
-            models.append(
-                MADMModel.from_pretrained(folder, weights, dtype=dtype, base=base, revision=revision, shared=shared)
-            )
+        for folder, decoder in zip(folders or [path_or_id], decoders, strict=True):
+            options = {"dtype": dtype, "base": base, "revision": revision, "vae_decoder": decoder}
+            models.append(MADMModel.from_pretrained(folder, weights, shared=tuple(models), **options))
         pipe = cls.of_models(*models)
         return pipe if device is None else pipe.to(device)
 
@@ -107,17 +110,19 @@ class MADMPipeline(DiffusionSegmentationPipeline):
         if name not in self._models:
             raise UserError(f"no adapter '{name}'; this pipeline has {', '.join(self.adapter_names)}")
         model = self._models[name]
-        # Not `self.device`: with offloading, that is where models wait.
-        segmenter = model.segmenter.to(self.segmenter.device)
-        if segmenter.dtype != self.segmenter.dtype:
-            segmenter.to(self.segmenter.dtype)
-        unet = model.unet if model.unet is self.unet else model.unet.to(self.unet.device)
-        decoder = model.extractor.vae_decoder
-        if decoder is not None:
-            decoder.to(self.segmenter.device)
-        self.register_modules(segmenter=segmenter, unet=unet, vae_decoder=decoder)
+        extractor, current = model.extractor, self.segmenter
+        parts = {"segmenter": model.segmenter, "vae": extractor.vae, "unet": model.unet}
+        parts["vae_decoder"] = extractor.vae_decoder
+        for part, module in parts.items():
+            if module is None or module is getattr(self, part):
+                continue
+            # Not `self.device`: with offloading, that is where models wait.
+            module.to(getattr(self, part).device if part in ("vae", "unet") else current.device)
+            if module.dtype != current.dtype and not (part == "unet" and model.quantization):
+                module.to(current.dtype)
+        self.register_modules(**parts)
         self.register_to_config(settings=model.config())
-        self.extractor = model.extractor
+        self.extractor = extractor
         model.activate()
 
     def merge_lora(self) -> None:
@@ -140,6 +145,8 @@ class MADMPipeline(DiffusionSegmentationPipeline):
         self._approximate(quantization=quantization)
 
     def _approximate(self, **options: Any) -> None:
+        for model in self._models.values():
+            check_approximation(model, **options)
         for model in self._models.values():
             approximate(model, **options)
         self.set_adapters(self.modality)

@@ -26,7 +26,8 @@ def load_decoder(name: str, vae: AutoencoderKL, dtype: torch.dtype = torch.float
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"VAE decoder {name} cannot be loaded: {reason}. Give a folder or Hub id in the AutoencoderTiny format of "
-            "diffusers, such as madebyollin/taesd; where that of a trained model has moved, mend its madm_config.json"
+            "diffusers, such as madebyollin/taesd (--vae_decoder, in Python `vae_decoder=`); so, too, where that of a "
+            "trained model has moved"
         ) from None
     absent = [key for key in (*info["missing_keys"], *map(str, info["mismatched_keys"])) if "decoder." in key]
     if absent:

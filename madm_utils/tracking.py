@@ -225,7 +225,8 @@ class TrainingLog:
             passed = max(now - self._timed_at, 1e-9)
             seconds = passed / (step - self._timed_step)
             self._timing = {"images_per_second": self.images_per_step / seconds, "seconds_per_step": seconds}
-            starting = self._timed_step == self.first_step
+            # The loaders of several tasks start in the first two intervals.
+            starting = self._timed_step <= self.first_step + 1
             self._timing["loader_wait"] = self.loader.fraction(self._waited, passed, starting)
             self._timed_step, self._timed_at = step, now
         self._timing["memory_gib"] = self.memory_gib

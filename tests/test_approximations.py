@@ -1,5 +1,6 @@
 """Approximations: head at a lower resolution, small VAE decoder, merged LoRA, UNet in 8 bits; each error message."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from fork_server import run_script
 from tiny_model import RESOLUTION, WIDTHS, base_folder, new_model, write_data
 
 import eval_madm
+import export_madm
 import predict_madm
 from benchmarks import bench_approximations
 from madm_utils import MADMPipeline
@@ -27,9 +29,11 @@ from madm_utils.original_writer import published_checkpoint
 from madm_utils.segmentation_pipeline import DiffusionSegmentationPipeline
 from madm_utils.segmenter import segmenter_config
 from madm_utils.small_decoder import load_decoder
+from madm_utils.storage import open_output
 from madm_utils.tasks import TASKS
 
 TASK = TASKS["synthetic_to_depth"]
+IMAGE = next(Path(__file__).parent.glob("fixtures/common/dataset_case/**/*.png"))
 
 
 def write_decoder(folder: Path, **options) -> Path:
@@ -142,8 +146,9 @@ def test_folders_from_before_there_was_a_choice_load(saved, images, tmp_path):
 
 
 def test_adapters_share_one_decoder_and_each_uses_its_own(saved, decoder, images, tmp_path):
-    for name, options in (("depth", {"vae_decoder": str(decoder)}), ("event", {"vae_decoder": str(decoder)}),
-                          ("infrared", {})):  # fmt: skip
+    """The later ones, though the first has none."""
+    for name, options in (("depth", {}), ("event", {"vae_decoder": str(decoder)}),
+                          ("infrared", {"vae_decoder": str(decoder)})):  # fmt: skip
         with_lora(f"synthetic_to_{name}", **options).save_pretrained(tmp_path / name)
     pipe = MADMPipeline.from_pretrained(tmp_path)
     decoders = {}
@@ -153,11 +158,66 @@ def test_adapters_share_one_decoder_and_each_uses_its_own(saved, decoder, images
         with torch.no_grad():
             alone = MADMModel.from_pretrained(tmp_path / name)(images).logits
             torch.testing.assert_close(pipe.forward(images), alone, rtol=0, atol=0)
-    assert decoders["depth"] is decoders["event"] is not None and decoders["infrared"] is None
+    assert decoders["infrared"] is decoders["event"] is not None and decoders["depth"] is None
     with pytest.raises(
         UserError, match="LoRAs of depth, event, infrared share one UNet, so none of them can be merged"
     ):
         pipe.merge_lora()
+
+
+def test_adapters_with_parts_of_their_own_follow_the_pipeline_in_its_precision(decoder, images):
+    whole = new_model(TASKS["synthetic_to_event"], vae_decoder=str(decoder))
+    pipe = MADMPipeline.of_models(with_lora(), whole)
+    alone = copy.deepcopy(whole).to(torch.bfloat16)
+    alone.extractor.shared_noise = alone.extractor.draw_noise(16, 16)  # which stays in full precision
+    pipe.to(torch.bfloat16).set_adapters("event")
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.forward(images), alone(images).logits, rtol=0, atol=0)
+    assert {part.dtype for part in (pipe.vae, pipe.unet, pipe.vae_decoder, pipe.segmenter)} == {torch.bfloat16}
+    assert pipe.vae is whole.extractor.vae
+
+
+def test_decoder_that_has_moved(saved, decoder, images, tmp_path, monkeypatch):
+    """All that load a model take its new place; of models without a small decoder nobody does."""
+    folder = shutil.copytree(saved / "lora", tmp_path / "lora")
+    path = folder / "madm_config.json"
+    path.write_text(path.read_text().replace(str(decoder), "/gone"))
+    with pytest.raises(UserError, match="VAE decoder /gone cannot be loaded.*--vae_decoder, in Python `vae_decoder=`"):
+        MADMModel.from_pretrained(folder)
+    model = MADMModel.from_pretrained(folder, vae_decoder=str(decoder))
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, MADMModel.from_pretrained(saved / "lora")(images).logits)
+    assert model.config()["vae_decoder"] == str(decoder)
+
+    asked = []
+    flags = ["--model_path", str(folder), "--vae_decoder", str(decoder), "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(MADMModel, "from_pretrained", lambda *_, vae_decoder, **__: asked.append(vae_decoder) or model)
+        scripts_load(flags, saved / "full")
+    assert asked == [str(decoder), str(decoder), None, str(decoder), None]
+
+    refused = "--vae_decoder small .in Python `vae_decoder=`. takes the place .* none in .*/full: leave it out"
+    flags = ["--model_path", str(saved / "full"), "--vae_decoder", "small", "--output_dir", str(tmp_path / "out")]
+    for load in (
+        lambda: MADMPipeline.from_pretrained(saved / "full", vae_decoder="small"),
+        lambda: MADMModel.from_pretrained(saved / "full", vae_decoder="small"),
+        lambda: eval_madm.main([*flags, "--data_dir", "nowhere"]),
+        lambda: predict_madm.main([*flags, "--input", str(IMAGE)]),
+    ):
+        with pytest.raises(UserError, match=refused):
+            load()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def scripts_load(flags, other) -> None:
+    """Load as export, evaluation and prediction do, the last two the model `other` as well."""
+    export_madm.load_merged(export_madm.parse_args([*flags, "--format", "torch_export"]))
+    both = [*flags[:2], str(other), *flags[2:]]
+    args = eval_madm.parse_args([*both, "--data_dir", "data"])
+    for model in eval_madm.checked_models(args, None):
+        model.load(args.weights, None, args.vae_decoder)
+    args = predict_madm.parse_args([*both, "--input", str(IMAGE)])
+    predict_madm.load(args, predict_madm.make_plan(args, open_output(args.output_dir, 1)).decoders, "cpu")
 
 
 def test_decoder_that_cannot_be_used(saved, decoder, tmp_path):
@@ -258,6 +318,20 @@ def test_merged_and_8_bit_unets_are_close(saved, images):
     assert not Path("anywhere").exists()
 
 
+def test_what_is_refused_changes_nothing(saved, images):
+    model = with_lora()
+    pipe = MADMPipeline.of_models(model, new_model(TASKS["synthetic_to_event"]))
+    adapters = dict(model.unet.peft_config)
+    with torch.no_grad():
+        expected = model(images).logits
+        with pytest.raises(UserError, match="can be quantised to int8 or fp8, got 'nf4'"):
+            approximate(model, merge=True, quantization="nf4")
+        with pytest.raises(UserError, match="there is no LoRA to merge"):  # in the second model
+            pipe.merge_lora()
+        assert model.unet_tuning == "lora" and model.unet.peft_config == adapters != {}
+        assert torch.equal(model(images).logits, expected)
+
+
 def test_pipeline_methods(saved, images, tmp_path):
     pipe = MADMPipeline.from_pretrained(saved / "lora")
     expected = pipe(images, return_probabilities=True).probabilities[0]
@@ -291,15 +365,14 @@ def test_records_say_what_was_approximate(saved, tmp_path, capsys, monkeypatch):
     assert approximations({"weights": "student", "merge_lora": False, "head_resolution": 1}) == ""
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    image = next(Path(__file__).parent.glob("fixtures/common/dataset_case/**/*.png"))
-    flags = ["--model_path", saved / "lora", "--quantize_unet", "int8", "--input", image]
+    flags = ["--model_path", saved / "lora", "--quantize_unet", "int8", "--input", IMAGE]
     assert predict_madm.main([str(flag) for flag in (*flags, "--output_dir", tmp_path / "predictions")]) == 0
     settings = json.loads((tmp_path / "predictions" / "summary.json").read_text())["settings"]
-    assert (settings["merge_lora"], settings["quantize_unet"]) == (False, "int8")
+    assert "merge_lora" not in settings and settings["quantize_unet"] == "int8"
     assert settings["built_in_approximations"] == [{"head_resolution": 4, "vae_decoder": "small"}]
 
 
-def test_flags_that_do_not_fit(saved, tmp_path, capsys):
+def test_flags_that_do_not_fit(saved, tmp_path, capsys, monkeypatch):
     flags = ["--model_path", str(saved / "full"), "--output_dir", str(tmp_path / "out")]
     for switch in (["--merge_lora"], ["--quantize_unet", "int8"]):
         with pytest.raises(SystemExit):
@@ -309,9 +382,12 @@ def test_flags_that_do_not_fit(saved, tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse([*flags, more, "data", "--compile", "--quantize_unet", "fp8"])
         assert "--compile cannot compile a UNet that is cast layer by layer" in capsys.readouterr().err
-    image = next(Path(__file__).parent.glob("fixtures/common/dataset_case/**/*.png"))
-    with pytest.raises(UserError, match="no LoRA to merge: the UNet of this model was trained whole"):
-        predict_madm.main([*flags, "--input", str(image), "--merge_lora"])
+    monkeypatch.setattr(MADMModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded, but one has no LoRA"))
+    flags = ["--model_path", str(saved / "lora"), *flags[1:], "--merge_lora"]
+    for main, more in ((predict_madm.main, ["--input", str(IMAGE)]), (eval_madm.main, ["--data_dir", "nowhere"])):
+        with pytest.raises(UserError, match="/full: there is no LoRA to merge: the UNet of this model was trained"):
+            main([*flags, *more])
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------

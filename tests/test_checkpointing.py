@@ -1,5 +1,6 @@
 """Checkpoints without a training: published whole or not at all, verified, found, rotated, compared with a run."""
 
+import copy
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from madm_utils.checkpointing import (
     verify_checkpoint,
 )
 from madm_utils.cli import UserError
+from madm_utils.engines import OptimizerState
+from madm_utils.optimization import build_adamw
 from madm_utils.tasks import TASKS
 
 TASK = TASKS["synthetic_to_depth"]
@@ -394,6 +397,31 @@ def test_training_goes_on_bit_for_bit(optimizer, tmp_path):
     for name in names(second.save(tmp_path / "second")):
         whole_folder = tmp_path / "whole" if (tmp_path / "whole").exists() else whole.save(tmp_path / "whole")
         assert (tmp_path / "second" / name).read_bytes() == (whole_folder / name).read_bytes()
+
+
+def test_a_state_of_an_unfused_adamw_goes_on_fused():
+    """How a step is computed belongs to the run that goes on: a gradient scaler hands a fused step its own checks."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(3, 2) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    plain = torch.optim.AdamW(layers[0].parameters(), lr=0.1, fused=False)
+    fused = build_adamw([{"params": list(layers[1].parameters()), "lr": 0.1}], (0.9, 0.999), 1e-8, False)
+    scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    images = torch.randn(4, 3)
+
+    def step(index: int, optimizer: torch.optim.Optimizer) -> None:
+        scalers[index].scale(layers[index](images).square().sum()).backward()
+        scalers[index].step(optimizer)
+        scalers[index].update()
+        optimizer.zero_grad()
+
+    step(0, plain)
+    layers[1].load_state_dict(layers[0].state_dict())
+    OptimizerState(fused, [list(layers[1].parameters())]).load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert fused.param_groups[0]["fused"] is True
+    step(0, plain)
+    step(1, fused)
+    torch.testing.assert_close(layers[1].weight, layers[0].weight)
 
 
 def test_a_state_of_another_optimizer(tmp_path):

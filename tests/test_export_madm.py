@@ -158,6 +158,17 @@ def test_half_precision_noise_level_of_published_models(model_folder):
     assert export.SegmentationGraph(model, 64 * 64).noise_rate == pytest.approx(0.03125, abs=1e-5)
 
 
+def test_description_says_what_is_approximate(model_folder):
+    model = MADMModel.from_pretrained(model_folder)
+    shape = export.ExportShape(1, None, 64 * 64)
+    keys = ("head_resolution", "vae_decoder")
+    assert [export.description(model, shape, "onnx", 20)[key] for key in keys] == [1, None]
+    model.segmenter.register_to_config(head_resolution=2)
+    for reference, name in (("/models/taesd", "taesd"), ("user/taesd", "user/taesd")):
+        model.vae_decoder = reference
+        assert [export.description(model, shape, "onnx", 20)[key] for key in keys] == [2, name]
+
+
 def test_a_graph_that_differs_is_not_kept(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write", lambda program, path, format, opset: path.write_bytes(b""))
     monkeypatch.setattr(export, "trace", lambda model, shape: None)

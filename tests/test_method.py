@@ -15,6 +15,11 @@ from madm_utils.optimization import lr_scheduler, multistep_factor, parameter_gr
 from madm_utils.pseudo_labels import dplg_timestep, palette_image, palette_table, pseudo_label
 
 
+def class_mix_masks(labels: torch.Tensor, rng: np.random.Generator, scope: str = "batch") -> torch.Tensor:
+    chosen = augmentations.choose_classes(augmentations.label_classes(labels), rng, scope)
+    return augmentations.class_masks(labels, chosen)
+
+
 def test_warmup_steps():
     factor = multistep_factor(100, warmup_steps=10)
     assert factor(0) == pytest.approx(0.067)
@@ -54,11 +59,11 @@ def test_strong_augment_is_drawn_once_per_batch():
 def test_class_mix(seed):
     """Half of the batch's classes, 255 among them, rounded up; the mask is exactly their pixels."""
     labels = torch.tensor([[[0, 1, 2, 255]], [[3, 3, 4, 255]]])  # 6 values in the batch
-    masks = augmentations.class_mix_masks(labels, np.random.default_rng(seed))
+    masks = class_mix_masks(labels, np.random.default_rng(seed))
     for label, mask in zip(labels, masks, strict=True):
         chosen = set(label[mask].tolist())
         assert not chosen & set(label[~mask].tolist()) and len(chosen) <= 3
-    own = augmentations.class_mix_masks(labels, np.random.default_rng(seed), scope="image")
+    own = class_mix_masks(labels, np.random.default_rng(seed), scope="image")
     assert not own[labels == 255].any()
     assert [len(set(label[mask].tolist())) for label, mask in zip(labels, own, strict=True)] == [2, 1]
     source, target = torch.ones(2, 3, 1, 4), torch.zeros(2, 3, 1, 4)
@@ -68,7 +73,7 @@ def test_class_mix(seed):
 def test_class_mix_counts_the_batch():
     """With one image the number of chosen classes is exactly half, rounded up."""
     label = torch.tensor([[[0, 1, 2, 3, 255]]])
-    sizes = {len(label[augmentations.class_mix_masks(label, np.random.default_rng(i))].unique()) for i in range(10)}
+    sizes = {len(label[class_mix_masks(label, np.random.default_rng(i))].unique()) for i in range(10)}
     assert sizes == {3}
 
 

@@ -25,10 +25,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hub_server import WRITE_TOKEN, HubServer, Repo
 from PIL import Image
 from tiny_model import write_model
+from torch._dynamo.exc import TorchDynamoException
 
 import predict_madm
 from madm_utils import MADMPipeline, prediction_files, prediction_streams, storage
 from madm_utils.cli import UserError
+from madm_utils.compilation import CompileError, _explained
 from madm_utils.inference import InferenceSettings
 from madm_utils.prediction_files import Job, Picture
 from madm_utils.tasks import TASKS
@@ -273,6 +275,22 @@ def test_another_model_or_setting_is_refused_or_redone(model, photos, tmp_path, 
     (out / "summary.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"summary.json was not written by this script"):
         predict(model, photos / "c.webp", out)
+
+
+def test_predictions_of_versions_without_approximations_go_on(model):
+    """Their marks hold the digest of exactly these settings; compilation is not one of them."""
+    before = {
+        "models": [prediction_files.model_digest(model, "student")], "weights": "student", "mixed_precision": "no",
+        "window": None, "stride": None, "flip": False, "scales": (1.0,), "overlay_alpha": 0.5,
+        "save_confidence": False,
+    }  # fmt: skip
+    required = ["--model_path", str(model), "--input", "photos", "--output_dir", "out"]
+    for more, changed in (([], {}), (["--compile"], {}), (["--merge_lora"], {"merge_lora": True}),
+                          (["--quantize_unet", "fp8"], {"quantize_unet": "fp8"})):  # fmt: skip
+        settings = predict_madm.describe_settings(predict_madm.parse_args([*required, *more]), [model])
+        assert settings == before | changed
+        same = prediction_files.settings_digest(settings) == prediction_files.settings_digest(before)
+        assert same != bool(changed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -602,6 +620,22 @@ def test_other_errors_of_a_network_are_not_taken_for_a_lack_of_memory():
     assert predict_madm.is_out_of_memory(caught.value)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         list(predict_madm.segment(predictor, batch_of((8, 8)), False, storage.LocalStorage(Path()), Failures()))
+
+
+def test_what_cannot_be_compiled_ends_the_run():
+    calls = []
+
+    def block(images, confidence):
+        calls.append(images)
+        raise TorchDynamoException("no g++")
+
+    failures = Failures()
+    found = predict_madm.segment(
+        _explained("unet.block", block), batch_of((8, 8), (8, 8)), False, storage.LocalStorage(Path()), failures
+    )
+    with pytest.raises(CompileError, match=r"cannot compile unet.block: no g\+\+. Leave --compile out"):
+        list(found)
+    assert len(calls) == 1 and not failures
 
 
 def test_an_image_whose_files_need_too_much_memory_fails_alone(model, two_photos, tmp_path, monkeypatch, capsys):
