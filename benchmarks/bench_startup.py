@@ -83,8 +83,12 @@ def main() -> None:
     steps = first_step_seconds()
     for name, seconds in steps.items():
         print(f"| {name} | {seconds:.1f} |")
-    last = steps["first steps"]
-    print(f"\ngoal, first steps in {STEP_GOAL} s: {'met' if last <= STEP_GOAL else 'MISSED'} ({last:.1f} s)")
+    print()
+    starts = {"the demo starts": 0.0, "its trainings start": steps["base model"]}
+    for start, began in starts.items():
+        seconds = steps["first steps"] - began
+        met = "met" if seconds <= STEP_GOAL else "MISSED"
+        print(f"goal, first steps {STEP_GOAL} s after {start}: {met} ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":
