@@ -164,8 +164,10 @@ def make_plans(args: argparse.Namespace) -> list[SplitPlan]:
     for name in args.names:
         if name in SYNTHETIC_DATASETS:
             modality = name.removeprefix("synthetic_")
-            for split, count in (("train", args.num_train), ("test", args.num_test)):
-                labelled = split == "test" or modality == "rgb"
+            for split, count in (("train", args.num_train), ("val", args.num_val), ("test", args.num_test)):
+                if not count:
+                    continue
+                labelled = split != "train" or modality == "rgb" or args.label_all
                 count = min(count, args.max_samples or count)
                 plans.append(plan_synthetic_split(modality, split, labelled, count, args.seed, args.resolution))
     for found in find_raw_splits(args):

@@ -271,8 +271,10 @@ def _commands(name: str, splits: Sequence[Metadata]) -> list[str]:
     known = RAW_DATASETS.get(name)
     settings = splits[0].settings
     if name.startswith(_SYNTHETIC):
-        counts = [f"--num_{data.split} {data.num_images}" for data in splits if data.split in ("train", "test")]
+        counts = [f"--num_{data.split} {data.num_images}" for data in splits if data.split in ("train", "val", "test")]
         chosen = [f"--{key} {settings[key]}" for key in ("resolution", "seed") if key in settings]
+        beyond_need = name != f"{_SYNTHETIC}rgb" and any(data.labelled for data in splits if data.split == "train")
+        chosen += ["--label_all"] * beyond_need
         return [" ".join(["python prepare_datasets.py --dataset synthetic", *counts, *chosen, "--output_dir data"])]
     if known is None:
         return [_own_command(name, data) for data in splits if "stored_size" in data.settings]

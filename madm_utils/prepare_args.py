@@ -160,6 +160,14 @@ def _parser(description: str) -> argparse.ArgumentParser:
     synthetic = parser.add_argument_group("synthetic data")
     synthetic.add_argument("--num_train", type=positive_int, default=400, help="training scenes per modality")
     synthetic.add_argument("--num_test", type=positive_int, default=60, help="test scenes per modality")
+    synthetic.add_argument(
+        "--num_val", type=non_negative_int, default=0,
+        help="validation scenes per modality, to choose settings without the test scenes",
+    )  # fmt: skip
+    synthetic.add_argument(
+        "--label_all", action="store_true",
+        help="label target training scenes too, for a supervised upper bound; adaptation never reads these labels",
+    )  # fmt: skip
     synthetic.add_argument("--resolution", type=positive_int, default=128, help="height of a scene in pixels")
     synthetic.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes")
     synthetic.add_argument(

@@ -6,11 +6,14 @@ sensors (`scene_sensors`) look at the same painted scene, so they share the labe
 splits and modalities apart.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from madm_utils.cli import UserError
 from madm_utils.scene_canvas import Camera, Canvas
 from madm_utils.scene_layout import Street, paint_ground, paint_sky, sample_actors, sample_background
+from madm_utils.scene_objects import SceneObject
 from madm_utils.scene_sensors import SENSORS, Weather
 
 MODALITIES = tuple(SENSORS)
@@ -18,6 +21,39 @@ SPLITS = ("train", "val", "test")
 SEED_BITS, INDEX_BITS = 32, 24
 """Limits of `scene_seed`, whose results fit a signed 64-bit integer."""
 SMALLEST_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A street and everything on it, in metres, and the camera that looks at it."""
+
+    weather: Weather
+    street: Street
+    camera: Camera
+    background: list[SceneObject]
+    """In the order to paint them."""
+    actors: list[SceneObject]
+    """Far ones first."""
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, height: int, width: int) -> "Scene":
+        """Draw a scene for pictures of `height` x `width` pixels; the size does not shift the draws."""
+        weather, street = Weather.sample(rng), Street.sample(rng)
+        camera = Camera(
+            focal=height * rng.uniform(0.74, 0.88),
+            center_x=width / 2 + height * rng.uniform(-0.1, 0.1),
+            horizon_y=height * rng.uniform(0.44, 0.54),
+            height_m=rng.uniform(1.4, 1.9),
+        )
+        background, actors = sample_background(rng, weather, street), sample_actors(rng, weather, street)
+        return cls(weather, street, camera, background, sorted(actors, key=lambda actor: -actor.z))
+
+    def paint(self, canvas: Canvas, rng: np.random.Generator) -> None:
+        """Paint sky, ground and objects; `rng` makes the clouds."""
+        paint_sky(canvas, self.weather, rng)
+        paint_ground(canvas, self.weather, self.street)
+        for item in self.background + self.actors:
+            item.draw(canvas)
 
 
 def scene_seed(seed: int, split: str, modality: str, index: int) -> int:
@@ -57,28 +93,10 @@ def render_scene(
     # Separate streams: neither the size of the picture nor the sensor may shift the draws that make the scene.
     layout_rng, paint_rng = (np.random.default_rng([stream, seed]) for stream in (0, 1))
     noise_rng = np.random.default_rng([2 + MODALITIES.index(modality), seed])
-    canvas, weather = _paint_scene(layout_rng, paint_rng, height, width)
-    picture = SENSORS[modality](canvas, weather, noise_rng)
+    scene = Scene.sample(layout_rng, height, width)
+    canvas = Canvas(scene.camera, height, width, paint_rng)
+    scene.paint(canvas, paint_rng)
+    picture = SENSORS[modality](canvas, scene.weather, noise_rng)
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, axis=2)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), canvas.label
-
-
-def _paint_scene(
-    rng: np.random.Generator, paint_rng: np.random.Generator, height: int, width: int
-) -> tuple[Canvas, Weather]:
-    """Sample a scene with `rng` and paint it; `paint_rng` makes the grain of surfaces and the clouds."""
-    weather, street = Weather.sample(rng), Street.sample(rng)
-    camera = Camera(
-        focal=height * rng.uniform(0.74, 0.88),
-        center_x=width / 2 + height * rng.uniform(-0.1, 0.1),
-        horizon_y=height * rng.uniform(0.44, 0.54),
-        height_m=rng.uniform(1.4, 1.9),
-    )
-    background, actors = sample_background(rng, weather, street), sample_actors(rng, weather, street)
-    canvas = Canvas(camera, height, width, paint_rng)
-    paint_sky(canvas, weather, paint_rng)
-    paint_ground(canvas, weather, street)
-    for item in background + sorted(actors, key=lambda actor: -actor.z):
-        item.draw(canvas)
-    return canvas, weather

@@ -28,8 +28,10 @@ def build_small_stable_diffusion(
     unet_channels: Sequence[int] = (32, 64, 64, 64),
     vae_channels: Sequence[int] = (16, 32, 32),
     prompt_dim: int = 32,
-    attention_heads: int = 4,
+    attention_heads: int | Sequence[int] = 4,
     norm_groups: int = 8,
+    text_layers: int = 1,
+    captions: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """Write VAE, UNet, text encoder, tokenizer and scheduler into `folder` and return it.
@@ -39,8 +41,10 @@ def build_small_stable_diffusion(
         unet_channels: `block_out_channels` of the UNet (SD 1.x: 320, 640, 1280, 1280).
         vae_channels: `block_out_channels` of the VAE; n entries mean 2**(n-1) image pixels per latent pixel.
         prompt_dim: width of the text embedding.
-        attention_heads: heads (SD 1.x: 8).
+        attention_heads: heads (SD 1.x: 8), of each level where they differ.
         norm_groups: GroupNorm groups of UNet and VAE.
+        text_layers: of the text encoder.
+        captions: the tokenizer gets tokens for their words; without any it spells everything.
         seed: of the weights.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -62,37 +66,40 @@ def build_small_stable_diffusion(
             sample_size=64,
             block_out_channels=list(unet_channels),
             cross_attention_dim=prompt_dim,
-            attention_head_dim=attention_heads,
+            attention_head_dim=attention_heads if isinstance(attention_heads, int) else list(attention_heads),
             norm_num_groups=norm_groups,
         ).save_pretrained(folder / "unet")
-        _save_text_parts(folder, prompt_dim)
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
+        _save_text_parts(folder, prompt_dim, text_layers, captions)
+    DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    ).save_pretrained(folder / "scheduler")
     index = json.dumps(_MODEL_INDEX, indent=2) + "\n"
     (folder / "model_index.json").write_text(index, encoding="utf-8")
     return folder
 
 
-def _save_text_parts(folder: Path, prompt_dim: int) -> None:
-    """A one-layer CLIP text encoder and a byte-level tokenizer without merges."""
+def _save_text_parts(folder: Path, prompt_dim: int, layers: int, captions: Sequence[str]) -> None:
+    """A CLIP text encoder, and a byte-level tokenizer that knows the words of `captions`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    if captions:
+        tokenizer = tokenizer.train_new_from_iterator([captions], 2 * len(vocabulary), show_progress=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=len(tokenizer),
             hidden_size=prompt_dim,
             intermediate_size=2 * prompt_dim,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=77,
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     ).save_pretrained(folder / "text_encoder")

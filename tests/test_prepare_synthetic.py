@@ -36,6 +36,18 @@ def test_synthetic_data_is_labelled_where_it_should_be_and_reproducible(tmp_path
         assert not np.array_equal(np.asarray(test[0]["image"]), np.asarray(other[0]["image"]))
 
 
+def test_validation_scenes_and_labels_for_an_upper_bound(tmp_path):
+    prepare("--dataset", "synthetic_depth", "--num_train", 1, "--num_test", 1, "--num_val", 2, "--resolution", 64,
+            "--label_all", "--num_proc", 1, "--output_dir", tmp_path)  # fmt: skip
+    splits = {name: load(tmp_path / f"synthetic_depth/{name}") for name in ("train", "val", "test")}
+    assert {name: len(rows) for name, (rows, _) in splits.items()} == {"train": 1, "val": 2, "test": 1}
+    assert all(metadata["labelled"] and "label" in rows.column_names for rows, metadata in splits.values())
+    first = [np.asarray(rows[0]["image"]) for rows, _ in splits.values()]
+    assert not any(np.array_equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    card = (tmp_path / "synthetic_depth/README.md").read_text()
+    assert "--num_train 1 --num_val 2 --num_test 1" in card and "--label_all" in card
+
+
 def test_synthetic_raw_layouts_go_through_every_converter(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "data"
     options = ("--dataset", "synthetic", "--as_raw", "--num_train", 2, "--num_test", 1, "--resolution", 96)

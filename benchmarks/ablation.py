@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""What each part of the method brings, on synthetic streets, with the small pre-trained model; writes result files.
+
+    python benchmarks/ablation.py                                        # every row, modality and seed
+    python benchmarks/ablation.py --rows source-only madm --modalities infrared --seeds 0
+    python benchmarks/ablation.py --split val --seeds 0 --flags "--rank 32" --output_dir outputs/search
+    python benchmarks/evidence.py                                         # docs/evidence.md from the result files
+
+It runs the real prepare_datasets.py, train_madm.py and eval_madm.py. Settings are chosen on validation scenes
+(`--split val`); the test scenes (the default) are for the final table. An interrupted call goes on where it stopped: a
+row that has its `result.json` is kept, a training goes on from its last checkpoint.
+
+Results lie in `--output_dir`/MODALITY/ROW/seed-N: result.json (scores, seconds, settings), and training/ with the log,
+pictures of pseudo-labels every quarter of the steps, and the model.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import machine
+from madm_utils.args import formatter, non_negative_int, positive_int
+from madm_utils.args import seed as seed_number
+from madm_utils.cli import UserError, quiet_libraries, run
+from madm_utils.files import publish_folder, replacing
+from madm_utils.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSET = ROOT / "assets" / "street-diffusion-small"
+MODALITIES = ("depth", "infrared", "event")
+TRAINING = (
+    "--unet_tuning", "full", "--projection_channels", "64", "--bottleneck_channels", "32", "--head_channels", "48",
+    "--head_resolution", "2", "--train_batch_size", "2", "--dataloader_num_workers", "0", "--report_to", "none",
+    "--checkpoints_total_limit", "1",
+)  # fmt: skip
+"""Flags of every row; the rest are the defaults of the synthetic tasks."""
+CEILING_DATA = "labelled"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: what it is, and the flags of train_madm.py that make it."""
+
+    title: str
+    flags: tuple[str, ...] = ()
+    base: str = "pretrained"
+    """Name of the base model: `pretrained`, or `random` for the same one with a new UNet."""
+    on_target: bool = False
+    """Trained on the labelled target instead of the source."""
+
+
+_NO_DPLG, _NO_LPLR = ("--dplg_timestep", "0"), ("--lplr_loss", "none")
+ROWS = {
+    "source-only": Row("source only", ("--source_only", *_NO_LPLR)),
+    "self-training": Row("mean-teacher self-training", _NO_DPLG + _NO_LPLR),
+    "dplg": Row("self-training + DPLG", _NO_LPLR),
+    "lplr": Row("self-training + LPLR", _NO_DPLG),
+    "madm": Row("MADM (DPLG + LPLR), full tuning"),
+    "madm-lora": Row("MADM with LoRA", ("--unet_tuning", "lora")),
+    "madm-random": Row("MADM from a random UNet", base="random"),
+    "supervised": Row("supervised on the target", ("--source_only", *_NO_LPLR), on_target=True),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of the ablation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="ways to train")
+    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=list(MODALITIES), help="targets")
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], help="of the trainings [0 1 2]")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="labelled target scenes to score on")
+    parser.add_argument("--base_model", type=Path, default=ASSET, help="pre-trained model in diffusers layout")
+    parser.add_argument("--num_train", type=positive_int, default=1000, help="training scenes per domain")
+    parser.add_argument("--num_eval", type=positive_int, default=200, help="validation scenes, and test scenes")
+    parser.add_argument("--max_train_steps", type=positive_int, help="of each training; default: the task's")
+    parser.add_argument(
+        "--validations", type=non_negative_int, default=4, help="scores and pictures during a training"
+    )
+    parser.add_argument("--flags", type=shlex.split, default=[], help="more flags of train_madm.py, for all rows")
+    parser.add_argument("--parallel", type=positive_int, default=2, help="rows side by side")
+    parser.add_argument("--num_threads", type=positive_int, default=1, help="CPU threads of each")
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("outputs/ablation-data"), help="synthetic data, made once"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"), help="results")
+    return parser.parse_args(argv)
+
+
+def call(log: Path, threads: int, *command: object) -> float:
+    """Run one of the scripts, its output appended to `log`; returns its CPU seconds, `UserError` where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, *map(str, command)]
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {shlex.join(arguments)}\n")
+        output.flush()
+        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=ROOT)
+        # Not process.wait(): of a child that has been waited for, the system no longer tells the CPU time.
+        _, status, usage = os.wait4(process.pid, 0)
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    if code:
+        raise UserError(f"{Path(command[0]).name} ended with exit code {code}; see the end of {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def prepare_data(args: argparse.Namespace, side: int) -> None:
+    """Synthetic scenes of all modalities: source labelled, targets unlabelled; and the same targets with labels."""
+    settings = {"num_train": args.num_train, "num_eval": args.num_eval, "side": side}
+    marker = args.data_dir / "settings.json"
+    if marker.exists():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found != settings:
+            raise UserError(f"{args.data_dir} holds data made with {found}, asked for are {settings}; give another")
+        return
+    print(f"drawing scenes into {args.data_dir}", flush=True)
+
+    def write(folder: Path) -> None:
+        for name, extra in (("unlabelled", ()), (CEILING_DATA, ("--label_all",))):
+            call(
+                folder / "log.txt", 1, "prepare_datasets.py", "--dataset", "synthetic", "--num_train", args.num_train,
+                "--num_val", args.num_eval, "--num_test", args.num_eval, "--resolution", side, *extra,
+                "--output_dir", folder / name,
+            )  # fmt: skip
+        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    publish_folder(args.data_dir, write)
+
+
+def random_base(args: argparse.Namespace) -> Path:
+    """The base model with a UNet of random weights: VAE, text encoder and scheduler stay."""
+    import shutil
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    folder = args.data_dir / "random-base"
+
+    def write(target: Path) -> None:
+        shutil.copytree(args.base_model, target, dirs_exist_ok=True)
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base_model / "unet"))
+        shutil.rmtree(target / "unet")
+        unet.save_pretrained(target / "unet")
+
+    if not folder.exists():
+        publish_folder(folder, write)
+    return folder
+
+
+def ceiling_task(args: argparse.Namespace, modality: str) -> Path:
+    """Task file whose source is the labelled target."""
+    task = TASKS[f"synthetic_to_{modality}"].to_dict()
+    task |= {"name": f"supervised_{modality}", "source": task["target"], "source_label_map": task["target_label_map"]}
+    path = args.output_dir / modality / "supervised.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(task, indent=1), encoding="utf-8")
+    return path
+
+
+def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> None:
+    """Train and evaluate one row with one seed, unless its result is there."""
+    row, folder = ROWS[name], args.output_dir / modality / name / f"seed-{seed}"
+    result, training, log = folder / "result.json", folder / "training", folder / "log.txt"
+    if result.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = args.max_train_steps or TASKS[f"synthetic_to_{modality}"].hyperparameters["max_train_steps"]
+    task = ("--task", f"synthetic_to_{modality}")
+    if row.on_target:
+        task = ("--task_config", ceiling_task(args, modality))
+    data = args.data_dir / (CEILING_DATA if row.on_target else "unlabelled")
+    base = random_base(args) if row.base == "random" else args.base_model
+    flags = [*TRAINING, "--max_train_steps", str(steps), *args.flags, *row.flags, "--seed", str(seed)]
+    flags += ["--checkpointing_steps", str(max(1, steps // 2))]
+    if args.validations:
+        flags += ["--validation_steps", str(max(1, steps // args.validations)), "--validate_on", "val"]
+    resume = ("--resume_from_checkpoint", "latest") if list(training.glob("checkpoint-*")) else ()
+    started = time.monotonic()
+    cpu = call(
+        log, args.num_threads, "train_madm.py", *task, "--data_dir", data, "--pretrained_model_name_or_path", base,
+        *flags, "--output_dir", training, *resume,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    evaluation = folder / args.split
+    call(
+        log, args.num_threads, "eval_madm.py", "--model_path", training, "--data_dir", data, "--split", args.split,
+        "--batch_size", 4, "--num_pictures", 0, "--output_dir", evaluation,
+    )  # fmt: skip
+    metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    record = {
+        "modality": modality, "row": name, "seed": seed, "split": args.split, "flags": flags,
+        "miou": metrics["miou"],
+        "iou": {label: values["iou"] for label, values in metrics["per_class"].items()},
+        "train_seconds": seconds, "train_cpu_seconds": cpu, "resumed": bool(resume), "steps": steps,
+        "num_threads": args.num_threads, "parallel": args.parallel, "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    with replacing(result) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{modality:9} {name:14} seed {seed}  mIoU {metrics['miou']:6.2f}  {cpu:6.0f} CPU s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, and print the means."""
+    args = parse_args(argv)
+    quiet_libraries()
+    for name in ("data_dir", "output_dir", "base_model"):
+        setattr(args, name, getattr(args, name).resolve())
+    if not (args.base_model / "model_index.json").exists():
+        raise UserError(f"{args.base_model} holds no model; make it with benchmarks/pretrain_small_diffusion.py")
+    prepare_data(args, TASKS["synthetic_to_depth"].resolution)
+    if any(ROWS[name].base == "random" for name in args.rows):
+        random_base(args)
+    # Seed by seed: an interrupted suite has whole tables of fewer seeds.
+    jobs = [(m, name, seed) for seed in args.seeds for m in args.modalities for name in args.rows]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        futures = [pool.submit(run_row, args, *job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    print_means(args)
+
+
+def print_means(args: argparse.Namespace) -> None:
+    """Mean mIoU and its standard deviation over the seeds."""
+    from statistics import mean, stdev
+
+    print(f"\nmIoU in % on {args.split} scenes, mean and standard deviation of {len(args.seeds)} seeds")
+    print(f"{'':16}" + "".join(f"{modality:>16}" for modality in args.modalities))
+    for name in args.rows:
+        cells = []
+        for modality in args.modalities:
+            folders = [args.output_dir / modality / name / f"seed-{seed}" for seed in args.seeds]
+            scores = [json.loads((f / "result.json").read_text(encoding="utf-8"))["miou"] for f in folders]
+            cells.append(f"{mean(scores):.2f}" + (f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""))
+        print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+if __name__ == "__main__":
+    run(main)

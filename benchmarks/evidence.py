@@ -1,0 +1,254 @@
+#!/usr/bin/env python
+"""Write docs/evidence.md, its plots and pictures, from the result files of `ablation.py`.
+
+    python benchmarks/evidence.py
+    python benchmarks/evidence.py --results outputs/ablation --output docs/evidence.md
+
+Every number in it is read or computed here from result.json files; nothing is typed by hand. Rows, modalities and
+seeds that were not run are named as missing, and a goal that needs them is "not measured".
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.ablation import MODALITIES, ROWS
+from madm_utils.args import formatter
+from madm_utils.cli import UserError, quiet_libraries, run
+from madm_utils.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = Path(__file__).with_suffix(".template.md")
+CEILING_GOAL = 60.0
+ADAPTATION_GOAL, AVERAGE_GOAL = 8.0, 12.0
+PRETRAINING_GOAL, LORA_MARGIN = 5.0, 2.0
+COLORS = dict(zip(ROWS, ("#888888", "#c58b00", "#2b8cbe", "#7b3294", "#d7301f", "#fb8072", "#4d9221", "#000000"),
+                  strict=True))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """All records: (modality, row) -> seed -> content of result.json, with its folder under `folder`."""
+
+    records: dict[tuple[str, str], dict[int, dict]]
+
+    def scores(self, modality: str, row: str) -> list[float]:
+        """mIoU in percent of every seed, in the order of the seeds."""
+        return [record["miou"] for _, record in sorted(self.records.get((modality, row), {}).items())]
+
+    def mean(self, modality: str, row: str) -> float | None:
+        scores = self.scores(modality, row)
+        return mean(scores) if scores else None
+
+    def gain(self, modality: str, row: str, reference: str) -> float | None:
+        """Difference of the means over the seeds that both have; `None` where there is none."""
+        own, other = (self.records.get((modality, name), {}) for name in (row, reference))
+        shared = sorted(set(own) & set(other))
+        return mean(own[seed]["miou"] - other[seed]["miou"] for seed in shared) if shared else None
+
+    def average_gain(self, row: str, reference: str) -> float | None:
+        """Mean of the gains over the modalities; `None` unless there are all three."""
+        gains = [self.gain(modality, row, reference) for modality in MODALITIES]
+        return None if None in gains else mean(gains)
+
+
+def load(folder: Path) -> Results:
+    """Read every result below `folder`.
+
+    Raises:
+        UserError: there is none, or they are of other scenes than the test scenes.
+    """
+    records: dict[tuple[str, str], dict[int, dict]] = {}
+    for path in sorted(folder.glob("*/*/seed-*/result.json")):
+        record = json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent}
+        if record["split"] != "test":
+            raise UserError(f"{path} was scored on {record['split']} scenes; evidence is of test scenes only")
+        records.setdefault((record["modality"], record["row"]), {})[record["seed"]] = record
+    if not records:
+        raise UserError(f"{folder} holds no result.json; run benchmarks/ablation.py first")
+    return Results(records)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, with the number of seeds where it is not three."""
+    if not scores:
+        return "not run"
+    text = f"{mean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
+    return text if len(scores) == 3 else f"{text} ({len(scores)} seed{'s' * (len(scores) > 1)})"
+
+
+def main_table(results: Results) -> str:
+    """mIoU per row and modality, and the average over the modalities."""
+    rows = []
+    for name, row in ROWS.items():
+        means = [results.mean(modality, name) for modality in MODALITIES]
+        average = "-" if None in means else f"{mean(means):.1f}"
+        rows.append([row.title, *(spread(results.scores(modality, name)) for modality in MODALITIES), average])
+    return table(["", *MODALITIES, "average"], rows)
+
+
+def goals(results: Results) -> str:
+    """Every goal, what was measured, and whether it is met."""
+    rows = []
+
+    def goal(text: str, values: Sequence[float | None], least: float) -> None:
+        if None in values:
+            verdict = "not measured"
+        else:
+            verdict = "met" if all(value >= least for value in values) else "**missed**"
+        shown = ", ".join("-" if value is None else f"{value:+.1f}" for value in values)
+        rows.append([text, shown, verdict])
+
+    def each(row: str, reference: str) -> list[float | None]:
+        return [results.gain(modality, row, reference) for modality in MODALITIES]
+
+    ceiling = [results.mean(modality, "supervised") for modality in MODALITIES]
+    goal(f"supervised on the target: at least {CEILING_GOAL:g} mIoU on each", ceiling, CEILING_GOAL)
+    gains = each("madm", "source-only")
+    goal(f"MADM above source-only by at least {ADAPTATION_GOAL:g} on each", gains, ADAPTATION_GOAL)
+    goal(f"and by at least {AVERAGE_GOAL:g} on average", [results.average_gain("madm", "source-only")], AVERAGE_GOAL)
+    goal("MADM above plain self-training on each", each("madm", "self-training"), 0.0)
+    goal("DPLG alone positive on average", [results.average_gain("dplg", "self-training")], 0.0)
+    goal("LPLR alone positive on average", [results.average_gain("lplr", "self-training")], 0.0)
+    pretrained = [results.average_gain("madm", "madm-random")]
+    goal(f"pre-trained above random UNet by at least {PRETRAINING_GOAL:g} on average", pretrained, PRETRAINING_GOAL)
+    goal(f"LoRA within {LORA_MARGIN:g} of full tuning on each", each("madm-lora", "madm"), -LORA_MARGIN)
+    return table(["goal (means over seeds, test scenes)", f"measured ({', '.join(MODALITIES)})", ""], rows)
+
+
+def class_table(results: Results, modality: str) -> str:
+    """IoU per class, means over the seeds."""
+    names = [name for name in ROWS if results.scores(modality, name)]
+    classes = list(next(iter(results.records[modality, names[0]].values()))["iou"])
+    rows = []
+    for label in classes:
+        cells = []
+        for name in names:
+            values = [record["iou"][label] for record in results.records[modality, name].values()]
+            cells.append(f"{mean(values):.0f}" if None not in values else "-")
+        rows.append([label, *cells])
+    return table(["IoU in %", *names], rows)
+
+
+def cost_table(results: Results) -> str:
+    """Seconds of a training, by row."""
+    rows = []
+    for name, row in ROWS.items():
+        records = [r for m in MODALITIES for r in results.records.get((m, name), {}).values() if not r["resumed"]]
+        if records:
+            wall, cpu = (
+                mean(record[key] for record in records) / 60 for key in ("train_seconds", "train_cpu_seconds")
+            )
+            rows.append([row.title, str(records[0]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
+    return table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
+
+
+def validation_curve(folder: Path) -> tuple[list[int], list[float]]:
+    """Steps and mIoU of the validations of a training."""
+    lines = (json.loads(line) for line in (folder / "training" / "training_log.jsonl").read_text().splitlines())
+    scored = [(line["step"], line["validation"]["miou"]) for line in lines if "validation" in line]
+    return [step for step, _ in scored], [score for _, score in scored]
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Validation mIoU over the steps of every row, mean over the seeds, one plot per modality."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, modality in zip(figure.subplots(1, len(MODALITIES)), MODALITIES, strict=True):
+        for name in ROWS:
+            curves = [validation_curve(r["folder"]) for r in results.records.get((modality, name), {}).values()]
+            if curves and curves[0][0]:
+                scores = [mean(values) for values in zip(*(score for _, score in curves), strict=True)]
+                axes.plot(curves[0][0], scores, marker=".", color=COLORS[name], label=ROWS[name].title)
+        axes.set(title=modality, xlabel="step", ylabel="mIoU of validation scenes, %")
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, format="png", dpi=90)
+
+
+def copy_pictures(results: Results, images: Path) -> str:
+    """Pictures of the first and last validation of one seed, with and without DPLG; returns their Markdown."""
+    parts = []
+    for modality in MODALITIES:
+        for name in ("self-training", "dplg"):
+            records = results.records.get((modality, name), {})
+            if not records:
+                continue
+            folder = records[min(records)]["folder"] / "training" / "validation"
+            steps = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
+            for when, path in zip(("early", "late"), (steps[0], steps[-1]), strict=True):
+                target = images / f"evidence_{modality}_{name}_{when}.png"
+                shutil.copy(path, target)
+                step = path.stem.removeprefix("step-")
+                parts.append(f"{modality}, {ROWS[name].title}, step {step}:\n\n![{path.stem}](images/{target.name})\n")
+    return "\n".join(parts)
+
+
+def document(results: Results, pictures: str) -> str:
+    """The whole file, from `evidence.template.md`."""
+    import jinja2
+
+    everything = [record for seeds in results.records.values() for record in seeds.values()]
+    example = everything[0]["flags"]
+    dates = sorted({record["date"] for record in everything})
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    return template.render(
+        main_table=main_table(results),
+        goals=goals(results),
+        class_tables={m: class_table(results, m) for m in MODALITIES if _has(results, m)},
+        pictures=pictures,
+        cost_table=cost_table(results),
+        num_trainings=len(everything),
+        machines=", ".join(sorted({record["machine"] for record in everything})),
+        dates=dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+        flags=shlex.join(example[: example.index("--seed")]),
+    )
+
+
+def _has(results: Results, modality: str) -> bool:
+    return any(found == modality for found, _ in results.records)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=Path("outputs/ablation"), help="of ablation.py")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "evidence.md", help="pictures go to images/ beside"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the document and its pictures."""
+    args = parse_args(argv)
+    quiet_libraries()
+    results = load(args.results)
+    images = args.output.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    plot_curves(results, images / "evidence_curves.png")
+    with replacing(args.output) as temporary:
+        temporary.write_text(document(results, copy_pictures(results, images)), encoding="utf-8")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run(main)

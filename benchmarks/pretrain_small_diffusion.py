@@ -1,0 +1,420 @@
+#!/usr/bin/env python
+"""Pre-train the small Stable Diffusion of `assets/street-diffusion-small`, from nothing, on pictures drawn here.
+
+    python benchmarks/pretrain_small_diffusion.py                        # all stages; the same command goes on
+    python benchmarks/pretrain_small_diffusion.py --stages images vae    # up to the VAE
+    python benchmarks/pretrain_small_diffusion.py --vae_steps 20 --unet_steps 20 --num_scenes 8 --output_dir /tmp/try
+
+Stages, each of which is left out when its result lies in `--output_dir`:
+
+    images   draw captioned, unlabelled pictures (`pretraining_images.py`)
+    vae      train the autoencoder on crops of them, at the end on whole ones
+    latents  encode every picture and its mirror image once
+    unet     train UNet and text encoder to predict the noise in the latents
+    export   write the model in diffusers layout, in half precision
+    card     measure it on scenes it has not seen; pictures, numbers and the model card
+
+A stage that is interrupted goes on at its last saved state with the very numbers it would have drawn. The seed fixes
+everything on one machine. Runs on a CPU or one GPU.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.pretraining_images import FIRST_SEED, scene_pictures
+from madm_utils.args import formatter, fraction, positive_float, positive_int
+from madm_utils.args import seed as seed_number
+from madm_utils.cli import UserError, quiet_libraries, run
+from madm_utils.files import publish_folder, replacing
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+STAGES = ("images", "vae", "latents", "unet", "export", "card")
+SIDE = 128
+"""Pixels of a picture."""
+CROP = 64
+"""Pixels of the crops that the first part of the VAE's training sees."""
+SCENES_PER_FILE = 50
+MODEL = {
+    "unet_channels": (32, 64, 96, 96),
+    "vae_channels": (16, 32, 64),  # three levels: 4x4 pixels per latent pixel, so that poles of two pixels survive
+    "prompt_dim": 64,
+    "attention_heads": (1, 2, 3, 3),  # 32 channels each: attention of few channels takes a CPU most of its time
+    "norm_groups": 8,
+    "text_layers": 2,
+}
+"""Arguments of `build_small_stable_diffusion`."""
+KL_WEIGHT = 1e-4
+CAPTION_DROPOUT = 0.15
+"""Share of the captions replaced by "", which classifier-free guidance needs and whose embedding MADM starts from."""
+EMA_DECAY = 0.999
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags; the defaults made the model in `assets/`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to do")
+    parser.add_argument("--num_scenes", type=positive_int, default=2500, help="drawn, eight pictures of each")
+    parser.add_argument("--vae_steps", type=positive_int, default=3000, help="optimiser steps of the VAE")
+    parser.add_argument("--vae_batch_size", type=positive_int, default=16, help="crops per step")
+    parser.add_argument("--vae_learning_rate", type=positive_float, default=1e-3, help="peak")
+    parser.add_argument("--whole_share", type=fraction, default=0.15, help="share of the steps on whole pictures")
+    parser.add_argument(
+        "--unet_steps", type=positive_int, default=5000, help="optimiser steps of UNet and text encoder"
+    )
+    parser.add_argument("--unet_batch_size", type=positive_int, default=16, help="latents per step")
+    parser.add_argument("--unet_learning_rate", type=positive_float, default=6e-4, help="peak")
+    parser.add_argument("--checkpointing_steps", type=positive_int, default=250, help="save the state every N steps")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of both trainings")
+    parser.add_argument("--num_held_out", type=positive_int, default=50, help="unseen scenes that the card measures")
+    parser.add_argument("--num_samples", type=positive_int, default=6, help="pictures per caption in the card")
+    parser.add_argument("--sampling_steps", type=positive_int, default=50, help="of these pictures")
+    parser.add_argument("--num_proc", type=positive_int, default=2, help="processes that draw")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of weights, noise and order")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/street-diffusion-small"), help="all results")
+    return parser.parse_args(argv)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_file(job: tuple[Path, int, int]) -> None:
+    path, first, last = job
+    pictures = [picture for scene in range(first, last) for picture in scene_pictures(scene, SIDE)]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            images=np.stack([picture.image for picture in pictures]),
+            kinds=np.array([picture.kind for picture in pictures]),
+            captions=np.array([picture.caption for picture in pictures]),
+        )
+
+
+def draw_images(folder: Path, num_scenes: int, num_proc: int, first_seed: int = FIRST_SEED) -> None:
+    """Write the pictures of `num_scenes` scenes, some scenes per file; files that exist are kept."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm.auto import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, num_scenes, SCENES_PER_FILE)
+    jobs = [
+        (folder / f"{start:06d}.npz", first_seed + start, first_seed + min(start + SCENES_PER_FILE, num_scenes))
+        for start in starts
+    ]
+    missing = [job for job in jobs if not job[0].exists()]
+    with ProcessPoolExecutor(num_proc) as pool:
+        drawn = pool.map(_draw_file, missing)
+        for _ in tqdm(drawn, desc=f"scenes, {SCENES_PER_FILE} per file", total=len(missing), unit="file"):
+            pass
+
+
+def read_images(folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
+    """All pictures (N, H, W, 3) uint8, their kinds and captions."""
+    files = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    images = np.concatenate([file["images"] for file in files])
+    return images, *([str(text) for file in files for text in file[name]] for name in ("kinds", "captions"))
+
+
+def as_input(images: np.ndarray, device: "torch.device") -> "Tensor":
+    """Pictures (N, H, W, 3) uint8 as (N, 3, H, W) float32 in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def step_generator(seed: int, step: int) -> "torch.Generator":
+    """Random numbers of one step, the same whenever it is made."""
+    import torch
+
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+def train(
+    name: str,
+    modules: "Sequence[nn.Module]",
+    loss: "Callable[[int, torch.Generator], dict[str, Tensor]]",
+    steps: int,
+    learning_rate: float,
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
+) -> "list[nn.Module]":
+    """Minimise the sum of the losses; goes on from the state in `{name}-state`, if there is one.
+
+    Args:
+        name: of the stage; `{name}-log.json` receives the mean losses of every 50 steps.
+        modules: trained together; changed in place.
+        loss: from step number and generator to named losses.
+        steps: how many.
+        learning_rate: peak; 2 % of the steps warm up, then half a cosine to zero.
+        args: flags of the script.
+        accelerator: places the modules and makes mixed precision.
+
+    Returns:
+        The modules with the exponential moving average of their weights.
+    """
+    import torch
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    from torch import nn
+    from tqdm.auto import tqdm
+
+    folder, log_path = args.output_dir / f"{name}-state", args.output_dir / f"{name}-log.json"
+    together = nn.ModuleList(modules)
+    optimizer = torch.optim.AdamW(together.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=max(1, steps // 50), num_training_steps=steps)
+    together, optimizer, schedule = accelerator.prepare(together, optimizer, schedule)
+    ema = EMAModel(together.parameters(), decay=EMA_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema.to(accelerator.device)
+    progress = {"step": 0, "seconds": 0.0, "log": []}
+    if folder.exists():
+        accelerator.load_state(str(folder))
+        ema.load_state_dict(torch.load(folder / "ema.pt", map_location=accelerator.device, weights_only=True))
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+
+    def save(target: Path) -> None:
+        accelerator.save_state(str(target))
+        torch.save(ema.state_dict(), target / "ema.pt")
+        (target / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+
+    started, recent = time.monotonic() - progress["seconds"], []
+    bar = tqdm(range(progress["step"], steps), desc=name, initial=progress["step"], total=steps, unit="step")
+    for step in bar:
+        with accelerator.autocast():
+            losses = loss(step, step_generator(args.seed, step))
+        accelerator.backward(sum(losses.values()))
+        accelerator.clip_grad_norm_(together.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(together.parameters())
+        recent.append({key: value.detach() for key, value in losses.items()})
+        if len(recent) == 50 or step + 1 == steps:
+            means = {key: torch.stack([entry[key] for entry in recent]).mean().item() for key in recent[0]}
+            if not np.isfinite(sum(means.values())):
+                raise UserError(f"{name}: the loss is not finite at step {step + 1}; lower the learning rate")
+            progress["log"].append({"step": step + 1, **means})
+            bar.set_postfix(**{key: f"{value:.4f}" for key, value in means.items()})
+            recent = []
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
+            progress.update(step=step + 1, seconds=time.monotonic() - started)
+            publish_folder(folder, save)
+            log_path.write_text(json.dumps(progress["log"], indent=1), encoding="utf-8")
+    ema.copy_to(together.parameters())
+    return list(accelerator.unwrap_model(together))
+
+
+def untrained_model(args: argparse.Namespace) -> Path:
+    """Folder of the model with random weights, made when it is not there."""
+    from madm_utils.small_model import build_small_stable_diffusion
+
+    folder = args.output_dir / "untrained"
+    if not folder.exists():
+        _, _, captions = read_images(args.output_dir / "images")
+        settings = {"captions": sorted(set(captions)), "seed": args.seed, **MODEL}
+        publish_folder(folder, lambda target: build_small_stable_diffusion(target, **settings))
+    return folder
+
+
+def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `vae`: absolute error of the picture, and a little of the divergence to a normal distribution."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    images, _, _ = read_images(args.output_dir / "images")
+    vae = AutoencoderKL.from_pretrained(untrained_model(args) / "vae").train()
+    crops_until = round(args.vae_steps * (1 - args.whole_share))
+
+    def loss(step: int, generator: "torch.Generator") -> "dict[str, Tensor]":
+        side, count = (CROP, args.vae_batch_size) if step < crops_until else (SIDE, max(1, args.vae_batch_size // 4))
+        which = torch.randint(len(images), (count,), generator=generator).tolist()
+        offsets = torch.randint(SIDE - side + 1, (count, 2), generator=generator).tolist()
+        mirrored = torch.randint(2, (count,), generator=generator).tolist()
+        batch = np.stack(
+            [
+                images[i, y : y + side, x : x + side][:, :: -1 if flip else 1]
+                for i, (y, x), flip in zip(which, offsets, mirrored, strict=True)
+            ]
+        )
+        target = as_input(batch, accelerator.device)
+        posterior = vae.encode(target).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(accelerator.device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return {"error": (decoded - target).abs().mean(), "divergence": KL_WEIGHT * divergence}
+
+    (trained,) = train("vae", [vae], loss, args.vae_steps, args.vae_learning_rate, args, accelerator)
+    publish_folder(args.output_dir / "vae", trained.save_pretrained)
+
+
+def encode_latents(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `latents`: means of all pictures and mirror images, and the scaling factor to unit variance."""
+    import torch
+    from diffusers import AutoencoderKL
+    from tqdm.auto import tqdm
+
+    images, _, _ = read_images(args.output_dir / "images")
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").to(accelerator.device).eval()
+    latents = np.empty((len(images), 2, 4, SIDE // 4, SIDE // 4), np.float16)
+    with torch.no_grad():
+        for start in tqdm(range(0, len(images), 16), desc="latents", unit="16 pictures"):
+            batch = images[start : start + 16]
+            for side, flipped in enumerate((batch, batch[:, :, ::-1])):
+                means = vae.encode(as_input(flipped, accelerator.device)).latent_dist.mean
+                latents[start : start + 16, side] = means.cpu().numpy()
+    vae.register_to_config(scaling_factor=float(1 / latents.astype(np.float32).std()))
+    publish_folder(args.output_dir / "vae", vae.save_pretrained)
+    with replacing(args.output_dir / "latents.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, latents)
+
+
+def train_unet(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `unet`: epsilon prediction as in Stable Diffusion, with a text encoder that learns with the UNet."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from torch.nn.functional import mse_loss
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    _, _, captions = read_images(args.output_dir / "images")
+    latents = np.load(args.output_dir / "latents.npy", mmap_mode="r")
+    scale = AutoencoderKL.load_config(args.output_dir / "vae")["scaling_factor"]
+    folder = untrained_model(args)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).train()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").train()
+    texts = ["", *sorted(set(captions))]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = tokens.to(accelerator.device)
+    rank = {text: index for index, text in enumerate(texts)}
+    caption_of = torch.tensor([rank[caption] for caption in captions])
+    noiser = DDPMScheduler.from_pretrained(folder / "scheduler")
+
+    def loss(step: int, generator: "torch.Generator") -> "dict[str, Tensor]":
+        count = args.unet_batch_size
+        which = torch.randint(len(latents), (count,), generator=generator)
+        mirrored = torch.randint(2, (count,), generator=generator)
+        clean = torch.from_numpy(latents[which.numpy(), mirrored.numpy()].astype(np.float32) * scale)
+        noise = torch.randn(clean.shape, generator=generator)
+        times = torch.randint(noiser.config.num_train_timesteps, (count,), generator=generator)
+        silent = torch.rand(count, generator=generator) < CAPTION_DROPOUT
+        used = torch.where(silent, 0, caption_of[which]).to(accelerator.device)
+        noisy, noise, times = (x.to(accelerator.device) for x in (noiser.add_noise(clean, noise, times), noise, times))
+        prompts, of_each = used.unique(return_inverse=True)
+        states = text_encoder(tokens[prompts])[0][of_each]
+        return {"noise error": mse_loss(unet(noisy, times, states).sample, noise)}
+
+    trained = train("unet", [unet, text_encoder], loss, args.unet_steps, args.unet_learning_rate, args, accelerator)
+
+    publish_folder(args.output_dir / "unet", trained[0].save_pretrained)
+    publish_folder(args.output_dir / "text_encoder", trained[1].save_pretrained)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def export(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `export`: the folder that `--pretrained_model_name_or_path` takes, in half precision."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    out = args.output_dir
+    unet = UNet2DConditionModel.from_pretrained(out / "unet")
+    unet.register_to_config(sample_size=SIDE // 4)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        untrained_model(args),
+        vae=AutoencoderKL.from_pretrained(out / "vae"),
+        unet=unet,
+        text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32),
+    )
+    pipeline.to(torch.float16)
+    publish_folder(out / "model", pipeline.save_pretrained)
+
+
+def write_card(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `card`: what the exported model does on scenes it has not seen."""
+    from benchmarks.small_diffusion_card import measure_and_write
+
+    measure_and_write(args, accelerator.device)
+
+
+def draw(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `images`."""
+    draw_images(args.output_dir / "images", args.num_scenes, args.num_proc)
+
+
+DO: "dict[str, tuple[Callable[[argparse.Namespace, Accelerator], None], str]]" = {
+    "images": (draw, "images"),
+    "vae": (train_vae, "vae"),
+    "latents": (encode_latents, "latents.npy"),
+    "unet": (train_unet, "text_encoder"),
+    "export": (export, "model"),
+    "card": (write_card, "card"),
+}
+"""Per stage: what does it, and the result that says it is done."""
+OF_THE_RESULT = ("num_scenes", "vae_steps", "vae_batch_size", "vae_learning_rate", "whole_share", "unet_steps",
+                 "unet_batch_size", "unet_learning_rate", "mixed_precision", "seed")  # fmt: skip
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse to go on with other settings than those the folder was begun with."""
+    path = args.output_dir / "settings.json"
+    settings = {name: getattr(args, name) for name in OF_THE_RESULT}
+    if path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{name} {begun.get(name)}" for name, value in settings.items() if begun.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{args.output_dir} was begun with {', '.join(changed)}; give the same, or another --output_dir"
+            )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do the stages that are not done."""
+    args = parse_args(argv)
+    quiet_libraries()
+    from accelerate import Accelerator
+
+    from madm_utils.cpu_memory import keep_freed_memory
+
+    check_settings(args)
+    keep_freed_memory()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise UserError("this script trains in one process; start it without accelerate launch")
+    for stage in STAGES:
+        do, result = DO[stage]
+        # Files of the first stage are counted one by one: a folder of images may be half full.
+        done = stage != "images" and (args.output_dir / result).exists()
+        if stage not in args.stages or done:
+            continue
+        for needed in STAGES[: STAGES.index(stage)]:
+            if not (args.output_dir / DO[needed][1]).exists():
+                raise UserError(f"stage {stage} needs the result of {needed}; run that first (--stages {needed})")
+        print(f"=== {stage}", flush=True)
+        do(args, accelerator)
+    if (args.output_dir / "model").exists():
+        print(f"{args.output_dir / 'model'} holds the model")
+
+
+if __name__ == "__main__":
+    run(main)
