@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_scenes", type=positive_int, default=2500, help="drawn, eight pictures of each")
     parser.add_argument("--vae_steps", type=positive_int, default=3000, help="optimiser steps of the VAE")
     parser.add_argument("--vae_batch_size", type=positive_int, default=16, help="crops per step")
-    parser.add_argument("--vae_learning_rate", type=positive_float, default=1e-3, help="peak")
+    parser.add_argument("--vae_learning_rate", type=positive_float, default=2e-3, help="peak")
     parser.add_argument("--whole_share", type=fraction, default=0.15, help="share of the steps on whole pictures")
     parser.add_argument(
         "--unet_steps", type=positive_int, default=5000, help="optimiser steps of UNet and text encoder"
@@ -234,7 +234,10 @@ def untrained_model(args: argparse.Namespace) -> Path:
 
 
 def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
-    """Stage `vae`: absolute error of the picture, and a little of the divergence to a normal distribution."""
+    """Stage `vae`: absolute and squared error of the picture, and a little divergence from a normal distribution.
+
+    The squared error makes colours appear early: by the absolute one alone, details of grey pictures fill the latents.
+    """
     import torch
     from diffusers import AutoencoderKL
 
@@ -258,7 +261,8 @@ def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         noise = torch.randn(posterior.mean.shape, generator=generator).to(accelerator.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return {"error": (decoded - target).abs().mean(), "divergence": KL_WEIGHT * divergence}
+        error = decoded - target
+        return {"error": error.abs().mean(), "squared": error.square().mean(), "divergence": KL_WEIGHT * divergence}
 
     (trained,) = train("vae", [vae], loss, args.vae_steps, args.vae_learning_rate, args, accelerator)
     publish_folder(args.output_dir / "vae", trained.save_pretrained)

@@ -13,7 +13,8 @@ The trainings run side by side, one core each. Everything lies under outputs/dem
     source_only/     model trained on the source alone, and its evaluation (what they printed: source_only*.log)
     adapted/         model trained with MADM, and its evaluation
     comparison.png   test images: input, label, source-only, adapted
-    results.json     scores of both, settings, seconds of each part
+    index.html       all results in one page: gain, pictures, scores per class, curves
+    results.json     scores of both, settings, seconds of each part, commands
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from madm_utils import cli
 from madm_utils.tasks import TASKS, load_task
+from recipes.demo_page import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PICTURES = 5
@@ -54,19 +56,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def call(title: str, *commands: Sequence[object], logs: Sequence[Path] = ()) -> float:
-    """Run the suite's scripts side by side; returns the seconds of all, leaves if one fails.
+def call(title: str, *commands: Sequence[object], logs: Sequence[Path] = ()) -> tuple[float, list[str]]:
+    """Run the suite's scripts side by side; leaves if one fails.
 
     Args:
         title: printed first.
         commands: script and arguments of each.
         logs: files for the output of all commands but the last, whose output is shown.
+
+    Returns:
+        seconds of all, and their command lines.
     """
     print(f"\n=== {title}")
-    started, running = time.monotonic(), []
+    started, running, lines = time.monotonic(), [], []
     for command, log in zip(commands, [*logs, None], strict=True):
         script, *arguments = map(str, command)
-        print(f"$ python {script} {shlex.join(arguments)}" + (f" > {log}" if log else ""), flush=True)
+        lines.append(f"python {script} {shlex.join(arguments)}")
+        print(f"$ {lines[-1]}" + (f" > {log}" if log else ""), flush=True)
         # One thread each: several would wait for one another wherever something else runs on the cores, for longer
         # than they compute. It also makes the numbers independent of the number of cores.
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
@@ -81,7 +87,7 @@ def call(title: str, *commands: Sequence[object], logs: Sequence[Path] = ()) -> 
     finally:
         for process, _, _ in running:
             process.terminate()
-    return time.monotonic() - started
+    return time.monotonic() - started, lines
 
 
 def build_base(folder: Path) -> float:
@@ -134,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the five steps."""
     args = parse_args(argv)
     out, seconds, started = args.output_dir, {}, time.monotonic()
-    for name in ("data", "base", "source_only", "adapted", "comparison.png", "results.json"):
+    for name in ("data", "base", "source_only", "adapted", "comparison.png", "index.html", "results.json"):
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     data, base = out / "data", out / "base"
-    seconds["data"] = call(
+    seconds["data"], prepared = call(
         "1/5 synthetic street scenes",
         ("prepare_datasets.py", "--task", args.task, "--output_dir", data, "--num_train", args.num_train,
          "--num_test", args.num_test),
@@ -146,17 +152,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = (
         "train_madm.py", "--task", args.task, "--data_dir", data, "--pretrained_model_name_or_path", base,
         "--unet_tuning", "full", *WIDTHS, *OPTIMISATION, "--max_train_steps", args.steps,
-        "--train_batch_size", args.batch_size, "--dplg_end_step", args.steps // 2, "--validation_steps", args.steps,
-        "--dataloader_num_workers", 0, "--seed", args.seed, "--output_dir",
+        "--train_batch_size", args.batch_size, "--dplg_end_step", args.steps // 2,
+        "--validation_steps", max(1, args.steps // 4), "--dataloader_num_workers", 0, "--seed", args.seed,
+        "--output_dir",
     )  # fmt: skip
     models = {"source-only": out / "source_only", "adapted": out / "adapted"}
-    seconds["train"] = call(
+    seconds["train"], trained = call(
         "3/5 training on the source alone, and beside it with adaptation (MADM)",
         (*train, models["source-only"], "--source_only"),
         (*train, models["adapted"]),
         logs=[out / "source_only.log"],
     )
-    seconds["evaluate"] = call(
+    seconds["evaluate"], evaluated = call(
         "4/5 evaluating both",
         *(
             ("eval_madm.py", "--model_path", folder, "--data_dir", data, "--batch_size", 4, "--num_cpu_threads", 1,
@@ -173,12 +180,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     seconds["total"] = time.monotonic() - started
     settings = {key: value for key, value in vars(args).items() if key != "output_dir"}
-    results = {"settings": settings, "seconds": {k: round(v, 1) for k, v in seconds.items()}, "metrics": metrics}
+    results = {
+        "settings": settings, "seconds": {k: round(v, 1) for k, v in seconds.items()}, "metrics": metrics,
+        "commands": prepared + trained + evaluated,
+    }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_page(out / "index.html", results, models, out / "comparison.png")
     print(f"\n{args.task}: {args.num_test} test images, {args.steps} steps of {args.batch_size} from random weights\n")
     print(format_table(metrics))
     print(f"\n{seconds['total']:.0f} s in all. Open:")
-    for path in (out / "comparison.png", out / "results.json", *(folder / "validation" for folder in models.values())):
+    for path in (out / "index.html", out / "comparison.png", out / "results.json"):
         print(f"  {path}")
 
 
