@@ -60,6 +60,8 @@ KL_WEIGHT = 1e-4
 CAPTION_DROPOUT = 0.15
 """Share of the captions replaced by "", which classifier-free guidance needs and whose embedding MADM starts from."""
 EMA_DECAY = 0.999
+CLOCKS = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+"""What a training took: by the clock, and of the CPU, which also counts where other work ran beside it."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -183,7 +185,7 @@ def train(
     together, optimizer, schedule = accelerator.prepare(together, optimizer, schedule)
     ema = EMAModel(together.parameters(), decay=EMA_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
-    progress = {"step": 0, "seconds": 0.0, "log": []}
+    progress = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "log": []}
     if folder.exists():
         accelerator.load_state(str(folder))
         ema.load_state_dict(torch.load(folder / "ema.pt", map_location=accelerator.device, weights_only=True))
@@ -194,7 +196,7 @@ def train(
         torch.save(ema.state_dict(), target / "ema.pt")
         (target / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
-    started, recent = time.monotonic() - progress["seconds"], []
+    started, recent = [clock() - progress[key] for key, clock in CLOCKS.items()], []
     bar = tqdm(range(progress["step"], steps), desc=name, initial=progress["step"], total=steps, unit="step")
     for step in bar:
         with accelerator.autocast():
@@ -214,7 +216,8 @@ def train(
             bar.set_postfix(**{key: f"{value:.4f}" for key, value in means.items()})
             recent = []
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
-            progress.update(step=step + 1, seconds=time.monotonic() - started)
+            seconds = {key: clock() - start for (key, clock), start in zip(CLOCKS.items(), started, strict=True)}
+            progress.update(step=step + 1, **seconds)
             publish_folder(folder, save)
             log_path.write_text(json.dumps(progress["log"], indent=1), encoding="utf-8")
     ema.copy_to(together.parameters())

@@ -68,10 +68,12 @@ def measure_and_write(args: argparse.Namespace, device: "torch.device") -> None:
             name: sum(p.numel() for p in getattr(pipeline, name).parameters())
             for name in ("vae", "unet", "text_encoder")
         }
-        seconds = {name: _progress(out, name)["seconds"] for name in ("vae", "unet")}
+        clock = "cpu_seconds" if device.type == "cpu" else "seconds"
+        seconds = {name: _progress(out, name)[clock] for name in ("vae", "unet")}
         measured = {
             "machine": machine(), "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
             "safetensors_mb": size / 1e6, "parameters": parameters, "training_seconds": seconds,
+            "clock": "CPU hours" if device.type == "cpu" else "hours",
             "psnr_db": errors, "palette": palette,
             "num_samples": args.num_samples, "sampling_steps": args.sampling_steps, "num_held_out": args.num_held_out,
             "final_losses": {name: _progress(out, name)["log"][-1] for name in ("vae", "unet")},
@@ -182,7 +184,9 @@ def card_text(measured: dict) -> str:
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
         **measured,
-        hours={name: f"{seconds / 3600:.1f} h" for name, seconds in measured["training_seconds"].items()},
+        hours={
+            name: f"{seconds / 3600:.1f} {measured['clock']}" for name, seconds in measured["training_seconds"].items()
+        },
         pictures=measured["settings"]["num_scenes"] * PICTURES_PER_SCENE,
         guidance=GUIDANCE,
         palette_goal=PALETTE_GOAL,
