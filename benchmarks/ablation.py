@@ -44,7 +44,8 @@ TRAINING = (
     "--checkpoints_total_limit", "1",
 )  # fmt: skip
 """Flags of every row; the rest are the defaults of the synthetic tasks."""
-CEILING_DATA = "labelled"
+UNLABELLED, LABELLED = "unlabelled", "labelled"
+"""Folders of data whose target training scenes have no labels, or have them."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +113,33 @@ def call(log: Path, threads: int, *command: object) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def prepare_data(args: argparse.Namespace, side: int) -> None:
-    """Synthetic scenes of all modalities: source labelled, targets unlabelled; and the same targets with labels."""
-    settings = {"num_train": args.num_train, "num_eval": args.num_eval, "side": side}
-    marker = args.data_dir / "settings.json"
-    if marker.exists():
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        if found != settings:
-            raise UserError(f"{args.data_dir} holds data made with {found}, asked for are {settings}; give another")
-        return
-    print(f"drawing scenes into {args.data_dir}", flush=True)
+def prepare_data(args: argparse.Namespace) -> None:
+    """Draw what the rows need: source labelled and targets not; for the ceiling the same scenes, all labelled."""
+    settings = {"num_train": args.num_train, "num_eval": args.num_eval}
+    extra = {UNLABELLED: (), LABELLED: ("--label_all",)}
+    for name in {data_of(ROWS[row]): None for row in args.rows}:
+        folder = args.data_dir / name
+        marker = folder / "settings.json"
+        if marker.exists():
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            if found != settings:
+                raise UserError(f"{folder} holds data made with {found}, asked for are {settings}; give another")
+            continue
+        print(f"drawing scenes into {folder}", flush=True)
 
-    def write(folder: Path) -> None:
-        for name, extra in (("unlabelled", ()), (CEILING_DATA, ("--label_all",))):
+        def write(target: Path, flags: tuple[str, ...] = extra[name]) -> None:
             call(
-                folder / "log.txt", 1, "prepare_datasets.py", "--dataset", "synthetic", "--num_train", args.num_train,
-                "--num_val", args.num_eval, "--num_test", args.num_eval, "--resolution", side, *extra,
-                "--output_dir", folder / name,
+                target / "log.txt", 1, "prepare_datasets.py", "--dataset", "synthetic", "--num_train", args.num_train,
+                "--num_val", args.num_eval, "--num_test", args.num_eval, *flags, "--output_dir", target / "prepared",
             )  # fmt: skip
-        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+            (target / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
-    publish_folder(args.data_dir, write)
+        publish_folder(folder, write)
+
+
+def data_of(row: Row) -> str:
+    """Folder below `--data_dir` that a row is trained on."""
+    return LABELLED if row.on_target else UNLABELLED
 
 
 def random_base(args: argparse.Namespace) -> Path:
@@ -178,7 +185,7 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     task = ("--task", f"synthetic_to_{modality}")
     if row.on_target:
         task = ("--task_config", ceiling_task(args, modality))
-    data = args.data_dir / (CEILING_DATA if row.on_target else "unlabelled")
+    data = args.data_dir / data_of(row) / "prepared"
     base = random_base(args) if row.base == "random" else args.base_model
     flags = [*TRAINING, "--max_train_steps", str(steps), *args.flags, *row.flags, "--seed", str(seed)]
     flags += ["--checkpointing_steps", str(max(1, steps // 2))]
@@ -218,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setattr(args, name, getattr(args, name).resolve())
     if not (args.base_model / "model_index.json").exists():
         raise UserError(f"{args.base_model} holds no model; make it with benchmarks/pretrain_small_diffusion.py")
-    prepare_data(args, TASKS["synthetic_to_depth"].resolution)
+    prepare_data(args)
     if any(ROWS[name].base == "random" for name in args.rows):
         random_base(args)
     # Seed by seed: an interrupted suite has whole tables of fewer seeds.

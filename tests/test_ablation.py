@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation import ROWS
+from benchmarks.ablation import ROWS, random_base
 from madm_utils.small_model import build_small_stable_diffusion
 
 ROOT = Path(__file__).parents[1]
@@ -25,40 +26,38 @@ def call(out: Path, *flags: object) -> subprocess.CompletedProcess:
 def done(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ablation")
     build_small_stable_diffusion(out / "base", (16, 32, 32, 32), (8, 16, 16), norm_groups=4)
-    result = call(out, "--rows", "madm-random", "supervised", "--seeds", 3)
+    result = call(out, "--rows", "supervised", "--seeds", 3)
     assert result.returncode == 0, result.stderr + result.stdout
     return out
 
 
-def record(out: Path, row: str) -> dict:
-    return json.loads((out / f"results/infrared/{row}/seed-3/result.json").read_text())
+def record(out: Path) -> dict:
+    return json.loads((out / "results/infrared/supervised/seed-3/result.json").read_text())
 
 
 def test_results(done):
-    for row in ("madm-random", "supervised"):
-        found = record(done, row)
-        scores = json.loads((done / f"results/infrared/{row}/seed-3/test/metrics.json").read_text())
-        assert found["miou"] == scores["miou"] and len(found["iou"]) == 9
-        assert found["steps"] == 2 and found["seed"] == 3 and found["train_cpu_seconds"] > 0
-        assert (done / f"results/infrared/{row}/seed-3/training/validation/step-2.png").is_file()
+    """The ceiling learns from labels of the target; scores are those of eval_madm.py."""
+    found, folder = record(done), done / "results/infrared/supervised/seed-3"
+    scores = json.loads((folder / "test/metrics.json").read_text())
+    assert found["miou"] == scores["miou"] and len(found["iou"]) == 9
+    assert found["steps"] == 2 and found["seed"] == 3 and found["train_cpu_seconds"] > 0
+    assert (folder / "training/validation/step-2.png").is_file()
+    assert json.loads((folder / "training/run.json").read_text())["task"]["source"] == "synthetic_infrared"
 
 
-def test_the_ceiling_learns_from_target_labels_and_the_random_row_from_a_new_unet(done):
-    runs = {row: done / f"results/infrared/{row}/seed-3/training/run.json" for row in ("madm-random", "supervised")}
-    settings = {row: json.loads(path.read_text()) for row, path in runs.items()}
-    assert settings["supervised"]["task"]["source"] == "synthetic_infrared"
-    assert settings["madm-random"]["task"]["source"] == "synthetic_rgb"
-    base, random = done / "base", done / "data/random-base"
+def test_random_base_differs_in_the_unet_alone(done, tmp_path):
+    folder = random_base(Namespace(data_dir=tmp_path, base_model=done / "base"))
     name = "diffusion_pytorch_model.safetensors"
-    assert (base / "unet" / name).read_bytes() != (random / "unet" / name).read_bytes()
-    assert (base / "vae" / name).read_bytes() == (random / "vae" / name).read_bytes()
+    assert (folder / "unet" / name).read_bytes() != (done / "base/unet" / name).read_bytes()
+    assert (folder / "vae" / name).read_bytes() == (done / "base/vae" / name).read_bytes()
+    assert random_base(Namespace(data_dir=tmp_path, base_model=done / "missing")) == folder
 
 
 def test_what_is_done_is_kept(done):
-    before = record(done, "supervised")
+    before = record(done)
     again = call(done, "--rows", "supervised", "--seeds", 3)
     assert again.returncode == 0 and f"{before['miou']:.2f}" in again.stdout
-    assert record(done, "supervised") == before
+    assert record(done) == before
 
 
 def test_errors(done, tmp_path):

@@ -82,9 +82,12 @@ def test_file_tree_of_the_readme():
     ]:
         if path.name != "__init__.py" and path.is_file():
             assert path.name in tree, path
+    # Not the environments and results beside them, which hold a hundred thousand files.
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "outputs"]
+    there = {path.name for folder in [ROOT.glob("*"), *(folder.rglob("*") for folder in folders)] for path in folder}
     for name in named:
         if not set(name) & set("*<>"):
-            assert list(ROOT.rglob(Path(name).name)), name
+            assert Path(name).name in there, name
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda p: p.name)
