@@ -27,6 +27,8 @@ from madm_utils.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_suffix(".template.md")
+LEAST_SEEDS = 3
+"""With fewer a goal counts as not measured."""
 CEILING_GOAL = 60.0
 ADAPTATION_GOAL, AVERAGE_GOAL = 8.0, 12.0
 PRETRAINING_GOAL, LORA_MARGIN = 5.0, 2.0
@@ -45,14 +47,17 @@ class Results:
         return [record["miou"] for _, record in sorted(self.records.get((modality, row), {}).items())]
 
     def mean(self, modality: str, row: str) -> float | None:
+        """Mean over the seeds; `None` where these are fewer than `LEAST_SEEDS`."""
         scores = self.scores(modality, row)
-        return mean(scores) if scores else None
+        return mean(scores) if len(scores) >= LEAST_SEEDS else None
 
     def gain(self, modality: str, row: str, reference: str) -> float | None:
-        """Difference of the means over the seeds that both have; `None` where there is none."""
+        """Difference of the means over the seeds that both have; `None` where these are fewer than `LEAST_SEEDS`."""
         own, other = (self.records.get((modality, name), {}) for name in (row, reference))
         shared = sorted(set(own) & set(other))
-        return mean(own[seed]["miou"] - other[seed]["miou"] for seed in shared) if shared else None
+        if len(shared) < LEAST_SEEDS:
+            return None
+        return mean(own[seed]["miou"] - other[seed]["miou"] for seed in shared)
 
     def average_gain(self, row: str, reference: str) -> float | None:
         """Mean of the gains over the modalities; `None` unless there are all three."""
@@ -105,12 +110,14 @@ def goals(results: Results) -> str:
     """Every goal, what was measured, and whether it is met."""
     rows = []
 
-    def goal(text: str, values: Sequence[float | None], least: float) -> None:
+    def goal(text: str, values: Sequence[float | None], least: float | None) -> None:
+        """Met where all values are at least `least`, or, for `None`, above zero."""
         if None in values:
             verdict = "not measured"
         else:
-            verdict = "met" if all(value >= least for value in values) else "**missed**"
-        shown = ", ".join("-" if value is None else f"{value:+.1f}" for value in values)
+            met = all(value > 0 if least is None else value >= least for value in values)
+            verdict = "met" if met else "**missed**"
+        shown = ", ".join("-" if value is None else f"{value:+.2f}" for value in values)
         rows.append([text, shown, verdict])
 
     def each(row: str, reference: str) -> list[float | None]:
@@ -121,9 +128,11 @@ def goals(results: Results) -> str:
     gains = each("madm", "source-only")
     goal(f"MADM above source-only by at least {ADAPTATION_GOAL:g} on each", gains, ADAPTATION_GOAL)
     goal(f"and by at least {AVERAGE_GOAL:g} on average", [results.average_gain("madm", "source-only")], AVERAGE_GOAL)
-    goal("MADM above plain self-training on each", each("madm", "self-training"), 0.0)
-    goal("DPLG alone positive on average", [results.average_gain("dplg", "self-training")], 0.0)
-    goal("LPLR alone positive on average", [results.average_gain("lplr", "self-training")], 0.0)
+    goal("MADM above plain self-training on each", each("madm", "self-training"), None)
+    goal("DPLG alone positive on average", [results.average_gain("dplg", "self-training")], None)
+    goal("LPLR alone positive on average", [results.average_gain("lplr", "self-training")], None)
+    goal("DPLG beside LPLR positive on average", [results.average_gain("madm", "lplr")], None)
+    goal("LPLR beside DPLG positive on average", [results.average_gain("madm", "dplg")], None)
     pretrained = [results.average_gain("madm", "madm-random")]
     goal(f"pre-trained above random UNet by at least {PRETRAINING_GOAL:g} on average", pretrained, PRETRAINING_GOAL)
     goal(f"LoRA within {LORA_MARGIN:g} of full tuning on each", each("madm-lora", "madm"), -LORA_MARGIN)
@@ -157,11 +166,10 @@ def cost_table(results: Results) -> str:
     return table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
 
 
-def validation_curve(folder: Path) -> tuple[list[int], list[float]]:
-    """Steps and mIoU of the validations of a training."""
+def validation_curve(folder: Path) -> dict[int, float]:
+    """Step -> mIoU of the validations of a training; one that was made again after an interruption counts once."""
     lines = (json.loads(line) for line in (folder / "training" / "training_log.jsonl").read_text().splitlines())
-    scored = [(line["step"], line["validation"]["miou"]) for line in lines if "validation" in line]
-    return [step for step, _ in scored], [score for _, score in scored]
+    return {line["step"]: line["validation"]["miou"] for line in lines if "validation" in line}
 
 
 def plot_curves(results: Results, path: Path) -> None:
@@ -174,12 +182,16 @@ def plot_curves(results: Results, path: Path) -> None:
     for axes, modality in zip(figure.subplots(1, len(MODALITIES)), MODALITIES, strict=True):
         for name in ROWS:
             curves = [validation_curve(r["folder"]) for r in results.records.get((modality, name), {}).values()]
-            if curves and curves[0][0]:
-                scores = [mean(values) for values in zip(*(score for _, score in curves), strict=True)]
-                axes.plot(curves[0][0], scores, marker=".", color=COLORS[name], label=ROWS[name].title)
+            shared = sorted(set.intersection(*map(set, curves))) if curves else []
+            if shared:
+                scores = [mean(curve[step] for curve in curves) for step in shared]
+                axes.plot(shared, scores, marker=".", color=COLORS[name], label=ROWS[name].title)
         axes.set(title=modality, xlabel="step", ylabel="mIoU of validation scenes, %")
         axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    handles, labels = list(named.values()), list(named)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, format="png", dpi=90)
 
@@ -194,7 +206,7 @@ def copy_pictures(results: Results, images: Path) -> str:
                 continue
             folder = records[min(records)]["folder"] / "training" / "validation"
             steps = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-            for when, path in zip(("early", "late"), (steps[0], steps[-1]), strict=True):
+            for when, path in zip(("early", "late"), dict.fromkeys((*steps[:1], *steps[-1:])), strict=False):
                 target = images / f"evidence_{modality}_{name}_{when}.png"
                 shutil.copy(path, target)
                 step = path.stem.removeprefix("step-")
