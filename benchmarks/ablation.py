@@ -8,21 +8,24 @@
 
 It runs the real prepare_datasets.py, train_madm.py and eval_madm.py. Settings are chosen on validation scenes
 (`--split val`); the test scenes (the default) are for the final table. An interrupted call goes on where it stopped: a
-row that has its `result.json` is kept, a training goes on from its last checkpoint.
+row that has its result is kept, a training goes on from its last checkpoint.
 
-Results lie in `--output_dir`/MODALITY/ROW/seed-N: result.json (scores, seconds, settings), and training/ with the log,
-pictures of pseudo-labels every quarter of the steps, and the model.
+Results lie in `--output_dir`/MODALITY/ROW/seed-N: result-SPLIT.json (scores, seconds, settings), and training/ with
+the log, pictures of pseudo-labels every quarter of the steps, and the model. What was made with other settings,
+another base model or other scenes is refused, not mixed in.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from madm_utils.args import formatter, non_negative_int, positive_int
 from madm_utils.args import seed as seed_number
 from madm_utils.cli import UserError, quiet_libraries, run
 from madm_utils.files import publish_folder, replacing
+from madm_utils.scenes import render_scene, scene_seed
 from madm_utils.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +48,11 @@ TRAINING = (
     "--checkpoints_total_limit", "1",
 )  # fmt: skip
 """Flags of every row; the rest are the defaults of the synthetic tasks."""
+OWNED = {
+    "--task", "--task_config", "--data_dir", "--pretrained_model_name_or_path", "--max_train_steps", "--seed",
+    "--checkpointing_steps", "--validation_steps", "--validate_on", "--output_dir", "--resume_from_checkpoint",
+}  # fmt: skip
+"""Flags of train_madm.py that `--flags` may not hold."""
 UNLABELLED, LABELLED = "unlabelled", "labelled"
 """Folders of data whose target training scenes have no labels, or have them."""
 
@@ -87,7 +96,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--validations", type=non_negative_int, default=4, help="scores and pictures during a training"
     )
-    parser.add_argument("--flags", type=shlex.split, default=[], help="more flags of train_madm.py, for all rows")
+    parser.add_argument(
+        "--flags", type=shlex.split, default=[], help="more flags of train_madm.py, for all rows: --flags='--rank 32'"
+    )
     parser.add_argument("--parallel", type=positive_int, default=2, help="rows side by side")
     parser.add_argument("--num_threads", type=positive_int, default=1, help="CPU threads of each")
     parser.add_argument(
@@ -115,7 +126,7 @@ def call(log: Path, threads: int, *command: object) -> float:
 
 def prepare_data(args: argparse.Namespace) -> None:
     """Draw what the rows need: source labelled and targets not; for the ceiling the same scenes, all labelled."""
-    settings = {"num_train": args.num_train, "num_eval": args.num_eval}
+    settings = {"num_train": args.num_train, "num_eval": args.num_eval, "scenes": scenes_digest()}
     extra = {UNLABELLED: (), LABELLED: ("--label_all",)}
     for name in {data_of(ROWS[row]): None for row in args.rows}:
         folder = args.data_dir / name
@@ -126,12 +137,12 @@ def prepare_data(args: argparse.Namespace) -> None:
                 raise UserError(f"{folder} holds data made with {found}, asked for are {settings}; give another")
             continue
         print(f"drawing scenes into {folder}", flush=True)
+        args.data_dir.mkdir(parents=True, exist_ok=True)
 
-        def write(target: Path, flags: tuple[str, ...] = extra[name]) -> None:
-            call(
-                target / "log.txt", 1, "prepare_datasets.py", "--dataset", "synthetic", "--num_train", args.num_train,
-                "--num_val", args.num_eval, "--num_test", args.num_eval, *flags, "--output_dir", target / "prepared",
-            )  # fmt: skip
+        def write(target: Path, name: str = name) -> None:
+            sizes = ("--num_train", args.num_train, "--num_val", args.num_eval, "--num_test", args.num_eval)
+            command = ("prepare_datasets.py", "--dataset", "synthetic", *sizes, *extra[name])
+            call(args.data_dir / f"{name}.txt", 1, *command, "--output_dir", target / "prepared")
             (target / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
         publish_folder(folder, write)
@@ -142,18 +153,33 @@ def data_of(row: Row) -> str:
     return LABELLED if row.on_target else UNLABELLED
 
 
-def random_base(args: argparse.Namespace) -> Path:
-    """The base model with a UNet of random weights: VAE, text encoder and scheduler stay."""
-    import shutil
+def scenes_digest() -> str:
+    """Digest of a scene of every modality: another one when the design of the scenes has changed."""
+    digest = hashlib.sha256()
+    for modality in ("rgb", *MODALITIES):
+        for array in render_scene(scene_seed(0, "train", modality, 0), modality):
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
+
+def base_digest(folder: Path) -> str:
+    """Digest of the weights of a base model."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def random_base(args: argparse.Namespace, seed: int) -> Path:
+    """The base model with a UNet of random weights, others for every seed; VAE, text encoder and scheduler stay."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    folder = args.data_dir / "random-base"
+    folder = args.data_dir / f"random-base-{base_digest(args.base_model)}-{seed}"
 
     def write(target: Path) -> None:
         shutil.copytree(args.base_model, target, dirs_exist_ok=True)
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base_model / "unet"))
         shutil.rmtree(target / "unet")
         unet.save_pretrained(target / "unet")
@@ -174,23 +200,48 @@ def ceiling_task(args: argparse.Namespace, modality: str) -> Path:
     return path
 
 
+def settings_of(args: argparse.Namespace, modality: str, name: str) -> dict:
+    """What the result of a row depends on, its seed aside."""
+    own = TASKS[f"synthetic_to_{modality}"].hyperparameters
+    steps = args.max_train_steps or own["max_train_steps"]
+    flags = [*TRAINING, "--max_train_steps", str(steps)]
+    # The schedule of the teacher's noise is a part of the training, however long that is.
+    flags += ["--dplg_end_step", str(round(own["dplg_end_step"] * steps / own["max_train_steps"]))]
+    return {
+        "steps": steps, "flags": flags, "more_flags": args.flags, "row_flags": list(ROWS[name].flags),
+        "num_train": args.num_train, "num_eval": args.num_eval, "validations": args.validations,
+        "base_model": base_digest(args.base_model), "scenes": scenes_digest(),
+    }  # fmt: skip
+
+
+def kept_result(path: Path, settings: dict) -> bool:
+    """Whether the result is there; `UserError` where it is one of other settings."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    changed = [f"{key}: {found.get(key)} -> {value}" for key, value in settings.items() if found.get(key) != value]
+    if changed:
+        raise UserError(f"{path} was made with other settings ({'; '.join(changed)}); give another --output_dir")
+    return True
+
+
 def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> None:
     """Train and evaluate one row with one seed, unless its result is there."""
     row, folder = ROWS[name], args.output_dir / modality / name / f"seed-{seed}"
-    result, training, log = folder / "result.json", folder / "training", folder / "log.txt"
-    if result.exists():
+    result, training, log = folder / f"result-{args.split}.json", folder / "training", folder / "log.txt"
+    settings = settings_of(args, modality, name)
+    if kept_result(result, settings):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    steps = args.max_train_steps or TASKS[f"synthetic_to_{modality}"].hyperparameters["max_train_steps"]
     task = ("--task", f"synthetic_to_{modality}")
     if row.on_target:
         task = ("--task_config", ceiling_task(args, modality))
     data = args.data_dir / data_of(row) / "prepared"
-    base = random_base(args) if row.base == "random" else args.base_model
-    flags = [*TRAINING, "--max_train_steps", str(steps), *args.flags, *row.flags, "--seed", str(seed)]
-    flags += ["--checkpointing_steps", str(max(1, steps // 2))]
+    base = random_base(args, seed) if row.base == "random" else args.base_model
+    flags = [*settings["flags"], *args.flags, *row.flags, "--seed", str(seed)]
+    flags += ["--checkpointing_steps", str(max(1, settings["steps"] // 2))]
     if args.validations:
-        flags += ["--validation_steps", str(max(1, steps // args.validations)), "--validate_on", "val"]
+        flags += ["--validation_steps", str(max(1, settings["steps"] // args.validations)), "--validate_on", "val"]
     resume = ("--resume_from_checkpoint", "latest") if list(training.glob("checkpoint-*")) else ()
     started = time.monotonic()
     cpu = call(
@@ -205,10 +256,10 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     )  # fmt: skip
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     record = {
-        "modality": modality, "row": name, "seed": seed, "split": args.split, "flags": flags,
+        "modality": modality, "row": name, "seed": seed, "split": args.split, "settings": settings,
         "miou": metrics["miou"],
         "iou": {label: values["iou"] for label, values in metrics["per_class"].items()},
-        "train_seconds": seconds, "train_cpu_seconds": cpu, "resumed": bool(resume), "steps": steps,
+        "train_seconds": seconds, "train_cpu_seconds": cpu, "resumed": bool(resume),
         "num_threads": args.num_threads, "parallel": args.parallel, "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -217,42 +268,51 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     print(f"{modality:9} {name:14} seed {seed}  mIoU {metrics['miou']:6.2f}  {cpu:6.0f} CPU s", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, and print the means."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, and print the means; 1 where a row failed, after all others."""
     args = parse_args(argv)
     quiet_libraries()
     for name in ("data_dir", "output_dir", "base_model"):
         setattr(args, name, getattr(args, name).resolve())
     if not (args.base_model / "model_index.json").exists():
         raise UserError(f"{args.base_model} holds no model; make it with benchmarks/pretrain_small_diffusion.py")
+    owned = sorted(set(args.flags) & OWNED)
+    if owned:
+        raise UserError(f"--flags holds {', '.join(owned)}, which the ablation sets itself")
     prepare_data(args)
-    if any(ROWS[name].base == "random" for name in args.rows):
-        random_base(args)
     # Seed by seed: an interrupted suite has whole tables of fewer seeds.
     jobs = [(m, name, seed) for seed in args.seeds for m in args.modalities for name in args.rows]
+    failures = []
     with ThreadPoolExecutor(args.parallel) as pool:
-        futures = [pool.submit(run_row, args, *job) for job in jobs]
+        futures = {pool.submit(run_row, args, *job): job for job in jobs}
         try:
-            for future in futures:
-                future.result()
+            for future in as_completed(futures):
+                if isinstance(future.exception(), UserError):
+                    failures.append(f"{' '.join(map(str, futures[future]))}: {future.exception()}")
+                else:
+                    future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     print_means(args)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def print_means(args: argparse.Namespace) -> None:
-    """Mean mIoU and its standard deviation over the seeds."""
+    """Mean mIoU and its standard deviation over the seeds that are there."""
     from statistics import mean, stdev
 
-    print(f"\nmIoU in % on {args.split} scenes, mean and standard deviation of {len(args.seeds)} seeds")
+    print(f"\nmIoU in % on {args.split} scenes, mean and standard deviation of up to {len(args.seeds)} seeds")
     print(f"{'':16}" + "".join(f"{modality:>16}" for modality in args.modalities))
     for name in args.rows:
         cells = []
         for modality in args.modalities:
-            folders = [args.output_dir / modality / name / f"seed-{seed}" for seed in args.seeds]
-            scores = [json.loads((f / "result.json").read_text(encoding="utf-8"))["miou"] for f in folders]
-            cells.append(f"{mean(scores):.2f}" + (f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""))
+            paths = [args.output_dir / modality / name / f"seed-{s}/result-{args.split}.json" for s in args.seeds]
+            scores = [json.loads(path.read_text(encoding="utf-8"))["miou"] for path in paths if path.exists()]
+            text = f"{mean(scores):.2f}" if scores else "-"
+            cells.append(text + (f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""))
         print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
 
 

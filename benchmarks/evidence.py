@@ -4,7 +4,7 @@
     python benchmarks/evidence.py
     python benchmarks/evidence.py --results outputs/ablation --output docs/evidence.md
 
-Every number in it is read or computed here from result.json files; nothing is typed by hand. Rows, modalities and
+Every number in it is read or computed here from result-test.json files; nothing is typed by hand. Rows, modalities and
 seeds that were not run are named as missing, and a goal that needs them is "not measured".
 """
 
@@ -69,17 +69,28 @@ def load(folder: Path) -> Results:
     """Read every result below `folder`.
 
     Raises:
-        UserError: there is none, or they are of other scenes than the test scenes.
+        UserError: there is none, or they were made with different settings.
     """
     records: dict[tuple[str, str], dict[int, dict]] = {}
-    for path in sorted(folder.glob("*/*/seed-*/result.json")):
+    for path in sorted(folder.glob("*/*/seed-*/result-test.json")):
         record = json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent}
-        if record["split"] != "test":
-            raise UserError(f"{path} was scored on {record['split']} scenes; evidence is of test scenes only")
         records.setdefault((record["modality"], record["row"]), {})[record["seed"]] = record
     if not records:
-        raise UserError(f"{folder} holds no result.json; run benchmarks/ablation.py first")
+        raise UserError(f"{folder} holds no result-test.json; run benchmarks/ablation.py first")
+    check_common_settings([record for seeds in records.values() for record in seeds.values()])
     return Results(records)
+
+
+def check_common_settings(records: Sequence[dict]) -> None:
+    """Raise `UserError` where results differ in anything but the row's own flags and the task's schedule."""
+    first = records[0]
+    for key in ("steps", "more_flags", "num_train", "num_eval", "base_model", "scenes"):
+        for record in records[1:]:
+            if record["settings"][key] != first["settings"][key]:
+                raise UserError(
+                    f"{first['folder']} and {record['folder']} differ in {key}: {first['settings'][key]} and "
+                    f"{record['settings'][key]}; a table needs results of one suite"
+                )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -162,7 +173,7 @@ def cost_table(results: Results) -> str:
             wall, cpu = (
                 mean(record[key] for record in records) / 60 for key in ("train_seconds", "train_cpu_seconds")
             )
-            rows.append([row.title, str(records[0]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
+            rows.append([row.title, str(records[0]["settings"]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
     return table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
 
 
@@ -219,7 +230,7 @@ def document(results: Results, pictures: str) -> str:
     import jinja2
 
     everything = [record for seeds in results.records.values() for record in seeds.values()]
-    example = everything[0]["flags"]
+    settings = everything[0]["settings"]
     dates = sorted({record["date"] for record in everything})
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
@@ -231,7 +242,10 @@ def document(results: Results, pictures: str) -> str:
         num_trainings=len(everything),
         machines=", ".join(sorted({record["machine"] for record in everything})),
         dates=dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-        flags=shlex.join(example[: example.index("--seed")]),
+        flags=shlex.join([*settings["flags"], *settings["more_flags"]]),
+        row_flags={row.title: shlex.join(row.flags) or "none" for row in ROWS.values()},
+        parallel=everything[0]["parallel"],
+        threads=everything[0]["num_threads"],
     )
 
 

@@ -32,7 +32,7 @@ def done(tmp_path_factory) -> Path:
 
 
 def record(out: Path) -> dict:
-    return json.loads((out / "results/infrared/supervised/seed-3/result.json").read_text())
+    return json.loads((out / "results/infrared/supervised/seed-3/result-test.json").read_text())
 
 
 def test_results(done):
@@ -40,17 +40,21 @@ def test_results(done):
     found, folder = record(done), done / "results/infrared/supervised/seed-3"
     scores = json.loads((folder / "test/metrics.json").read_text())
     assert found["miou"] == scores["miou"] and len(found["iou"]) == 9
-    assert found["steps"] == 2 and found["seed"] == 3 and found["train_cpu_seconds"] > 0
+    assert found["settings"]["steps"] == 2 and found["seed"] == 3 and found["train_cpu_seconds"] > 0
     assert (folder / "training/validation/step-2.png").is_file()
     assert json.loads((folder / "training/run.json").read_text())["task"]["source"] == "synthetic_infrared"
 
 
 def test_random_base_differs_in_the_unet_alone(done, tmp_path):
-    folder = random_base(Namespace(data_dir=tmp_path, base_model=done / "base"))
+    """Another for every seed, and another when the base model is another."""
+    args = Namespace(data_dir=tmp_path, base_model=done / "base")
+    folders = [random_base(args, seed) for seed in (0, 1)]
     name = "diffusion_pytorch_model.safetensors"
-    assert (folder / "unet" / name).read_bytes() != (done / "base/unet" / name).read_bytes()
-    assert (folder / "vae" / name).read_bytes() == (done / "base/vae" / name).read_bytes()
-    assert random_base(Namespace(data_dir=tmp_path, base_model=done / "missing")) == folder
+    unets = {(folder / "unet" / name).read_bytes() for folder in (*folders, done / "base")}
+    assert len(unets) == 3
+    assert all((folder / "vae" / name).read_bytes() == (done / "base/vae" / name).read_bytes() for folder in folders)
+    build_small_stable_diffusion(tmp_path / "base", (16, 32, 32, 32), (8, 16, 16), norm_groups=4, seed=5)
+    assert random_base(Namespace(data_dir=tmp_path, base_model=tmp_path / "base"), 0) not in folders
 
 
 def test_what_is_done_is_kept(done):
@@ -63,6 +67,10 @@ def test_what_is_done_is_kept(done):
 def test_errors(done, tmp_path):
     other = call(done, "--rows", "supervised", "--num_train", 4)
     assert other.returncode == 2 and "holds data made with" in other.stderr
+    changed = call(done, "--rows", "supervised", "--seeds", 3, "--max_train_steps", 3)
+    assert changed.returncode == 1 and "steps: 2 -> 3" in changed.stderr and "other settings" in changed.stderr
+    own = call(done, "--rows", "supervised", "--flags", "--max_train_steps 9")
+    assert own.returncode == 2 and "--flags holds --max_train_steps" in own.stderr
     missing = call(done, "--base_model", tmp_path)
     assert missing.returncode == 2 and "holds no model" in missing.stderr
 

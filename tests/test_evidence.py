@@ -27,11 +27,13 @@ def write(folder: Path, modality: str, row: str, seed: int, miou: float, **chang
     place = folder / modality / row / f"seed-{seed}"
     (place / "training/validation").mkdir(parents=True)
     record = {
-        "modality": modality, "row": row, "seed": seed, "split": "test", "flags": ["--rank", "4", "--seed", "0"],
+        "modality": modality, "row": row, "seed": seed, "split": "test",
+        "settings": {"steps": 100, "flags": ["--rank", "4"], "more_flags": [], "num_train": 9, "num_eval": 9,
+                     "base_model": "abc", "scenes": "def"},
         "miou": miou, "iou": {"sky": 90.0 + seed, "a|b": None}, "train_seconds": 120.0, "train_cpu_seconds": 60.0,
-        "resumed": False, "steps": 100, "machine": "a machine", "date": f"2026-01-0{seed + 1}",
+        "resumed": False, "parallel": 2, "num_threads": 1, "machine": "a machine", "date": f"2026-01-0{seed + 1}",
     }  # fmt: skip
-    (place / "result.json").write_text(json.dumps(record | changes))
+    (place / "result-test.json").write_text(json.dumps(record | changes))
     log = [{"step": step, "name": "", "validation": {"miou": miou - 100 / step}} for step in (50, 100)]
     (place / "training/training_log.jsonl").write_text("\n".join(map(json.dumps, log)))
     for step in (50, 100):
@@ -73,7 +75,7 @@ def test_tables(results, tmp_path):
 
 
 def test_what_was_not_run_is_said(results, tmp_path):
-    for path in results.glob("event/madm/seed-*/result.json"):
+    for path in results.glob("event/madm/seed-*/result-test.json"):
         path.unlink()
     text = text_of(results, tmp_path)
     title = ROWS["madm"].title
@@ -83,7 +85,7 @@ def test_what_was_not_run_is_said(results, tmp_path):
 
 
 def test_two_seeds_are_too_few_for_a_verdict(results, tmp_path):
-    (results / "depth/supervised/seed-1/result.json").unlink()
+    (results / "depth/supervised/seed-1/result-test.json").unlink()
     text = text_of(results, tmp_path)
     assert "| supervised on the target | 61.5 ± 0.7 (2 seeds) |" in text
     assert "at least 60 mIoU on each | -, +62.00, +62.00 | not measured |" in text
@@ -108,8 +110,12 @@ def test_gain_is_of_shared_seeds(tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(UserError, match="holds no result.json"):
+    with pytest.raises(UserError, match="holds no result-test.json"):
         evidence.load(tmp_path)
-    write(tmp_path, "depth", "madm", 0, 40.0, split="val")
-    with pytest.raises(UserError, match="scored on val scenes"):
+    write(tmp_path, "depth", "madm", 0, 40.0)
+    write(tmp_path, "depth", "madm", 1, 40.0)
+    path = tmp_path / "depth/madm/seed-1/result-test.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"settings": record["settings"] | {"steps": 7}}))
+    with pytest.raises(UserError, match="differ in steps: 100 and 7"):
         evidence.load(tmp_path)
