@@ -39,6 +39,7 @@ from madm_utils.files import publish_folder, replacing
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
     from torch import Tensor, nn
 
 STAGES = ("images", "vae", "latents", "unet", "export", "card")
@@ -60,8 +61,9 @@ KL_WEIGHT = 1e-4
 CAPTION_DROPOUT = 0.15
 """Share of the captions replaced by "", which classifier-free guidance needs and whose embedding MADM starts from."""
 EMA_DECAY = 0.999
+LOGGED_STEPS = 50
 CLOCKS = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
-"""What a training took: by the clock, and of the CPU, which also counts where other work ran beside it."""
+"""What a training took, up to the last saved state: by the clock, and of the CPU, beside whatever other work."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,7 +163,7 @@ def train(
     """Minimise the sum of the losses; goes on from the state in `{name}-state`, if there is one.
 
     Args:
-        name: of the stage; `{name}-log.json` receives the mean losses of every 50 steps.
+        name: of the stage; `{name}-log.json` receives the mean losses of every `LOGGED_STEPS` steps.
         modules: trained together; changed in place.
         loss: from step number and generator to named losses.
         steps: how many.
@@ -185,17 +187,7 @@ def train(
     together, optimizer, schedule = accelerator.prepare(together, optimizer, schedule)
     ema = EMAModel(together.parameters(), decay=EMA_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
-    progress = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "log": []}
-    if folder.exists():
-        accelerator.load_state(str(folder))
-        ema.load_state_dict(torch.load(folder / "ema.pt", map_location=accelerator.device, weights_only=True))
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-
-    def save(target: Path) -> None:
-        accelerator.save_state(str(target))
-        torch.save(ema.state_dict(), target / "ema.pt")
-        (target / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-
+    progress = load_state(folder, ema, accelerator)
     started, recent = [clock() - progress[key] for key, clock in CLOCKS.items()], []
     bar = tqdm(range(progress["step"], steps), desc=name, initial=progress["step"], total=steps, unit="step")
     for step in bar:
@@ -208,20 +200,52 @@ def train(
         optimizer.zero_grad()
         ema.step(together.parameters())
         recent.append({key: value.detach() for key, value in losses.items()})
-        if len(recent) == 50 or step + 1 == steps:
-            means = {key: torch.stack([entry[key] for entry in recent]).mean().item() for key in recent[0]}
-            if not np.isfinite(sum(means.values())):
-                raise UserError(f"{name}: the loss is not finite at step {step + 1}; lower the learning rate")
+        saving = (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps
+        if len(recent) == LOGGED_STEPS or saving:
+            means = mean_losses(name, step, recent)
             progress["log"].append({"step": step + 1, **means})
             bar.set_postfix(**{key: f"{value:.4f}" for key, value in means.items()})
             recent = []
-        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
+        if saving:
             seconds = {key: clock() - start for (key, clock), start in zip(CLOCKS.items(), started, strict=True)}
             progress.update(step=step + 1, **seconds)
-            publish_folder(folder, save)
+            save_state(folder, ema, progress, accelerator)
             log_path.write_text(json.dumps(progress["log"], indent=1), encoding="utf-8")
     ema.copy_to(together.parameters())
     return list(accelerator.unwrap_model(together))
+
+
+def mean_losses(name: str, step: int, recent: "list[dict[str, Tensor]]") -> dict[str, float]:
+    """Means over some steps; `UserError` where one is not finite, before that state is saved over a good one."""
+    import torch
+
+    means = {key: torch.stack([entry[key] for entry in recent]).mean().item() for key in recent[0]}
+    if not np.isfinite(sum(means.values())):
+        raise UserError(f"{name}: the loss is not finite at step {step + 1}; lower the learning rate")
+    return means
+
+
+def save_state(folder: Path, ema: "EMAModel", progress: dict, accelerator: "Accelerator") -> None:
+    """Write everything a training needs to go on, whole or not at all."""
+    import torch
+
+    def write(target: Path) -> None:
+        accelerator.save_state(str(target))
+        torch.save(ema.state_dict(), target / "ema.pt")
+        (target / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+
+    publish_folder(folder, write)
+
+
+def load_state(folder: Path, ema: "EMAModel", accelerator: "Accelerator") -> dict:
+    """Restore what `save_state` wrote and return the progress; that of a new training where there is nothing."""
+    import torch
+
+    if not folder.exists():
+        return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "log": []}
+    accelerator.load_state(str(folder))
+    ema.load_state_dict(torch.load(folder / "ema.pt", map_location=accelerator.device, weights_only=True))
+    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
 
 
 def untrained_model(args: argparse.Namespace) -> Path:
@@ -395,6 +419,14 @@ def check_settings(args: argparse.Namespace) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def is_done(stage: str, args: argparse.Namespace) -> bool:
+    """Whether the result of a stage is there, of the first one all its files."""
+    if stage == "images":
+        files = len(list((args.output_dir / "images").glob("*.npz")))
+        return files == len(range(0, args.num_scenes, SCENES_PER_FILE))
+    return (args.output_dir / DO[stage][1]).exists()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the stages that are not done."""
     args = parse_args(argv)
@@ -409,16 +441,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.num_processes > 1:
         raise UserError("this script trains in one process; start it without accelerate launch")
     for stage in STAGES:
-        do, result = DO[stage]
-        # Files of the first stage are counted one by one: a folder of images may be half full.
-        done = stage != "images" and (args.output_dir / result).exists()
-        if stage not in args.stages or done:
+        if stage not in args.stages or is_done(stage, args):
             continue
         for needed in STAGES[: STAGES.index(stage)]:
-            if not (args.output_dir / DO[needed][1]).exists():
+            if not is_done(needed, args):
                 raise UserError(f"stage {stage} needs the result of {needed}; run that first (--stages {needed})")
         print(f"=== {stage}", flush=True)
-        do(args, accelerator)
+        DO[stage][0](args, accelerator)
     if (args.output_dir / "model").exists():
         print(f"{args.output_dir / 'model'} holds the model")
 

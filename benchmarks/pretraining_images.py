@@ -24,7 +24,8 @@ from madm_utils.scene_sensors import (
 from madm_utils.scenes import Scene
 
 FIRST_SEED = 2**60
-"""Seeds of the synthetic datasets end below this one."""
+"""Seeds of the synthetic datasets end below this one. (NumPy cuts seeds into words, so the very first scene is also a
+validation scene of those who prepare the synthetic data with `--seed 1`; the benchmark has seed 0.)"""
 HELD_OUT_SEED = 2**61
 """Scenes from here on are for measuring, never for training."""
 NIGHT_SKY = np.array([0.03, 0.04, 0.09], np.float32)

@@ -71,7 +71,7 @@ def build_small_stable_diffusion(
         ).save_pretrained(folder / "unet")
         _save_text_parts(folder, prompt_dim, text_layers, captions)
     DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     ).save_pretrained(folder / "scheduler")
     index = json.dumps(_MODEL_INDEX, indent=2) + "\n"
     (folder / "model_index.json").write_text(index, encoding="utf-8")
