@@ -58,6 +58,10 @@ MODEL = {
 }
 """Arguments of `build_small_stable_diffusion`."""
 KL_WEIGHT = 1e-4
+_GREY, _RED_BLUE, _GREEN = (3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, 0.0, -(2**-0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5)
+COLOR_WEIGHT = 3.0
+COLOR_BASIS = (_GREY, *(tuple(COLOR_WEIGHT * part for part in axis) for axis in (_RED_BLUE, _GREEN)))
+"""Rows: brightness and two axes of colour of an RGB error, orthogonal, colour weighted."""
 CAPTION_DROPOUT = 0.15
 """Share of the captions replaced by "", which classifier-free guidance needs and whose embedding MADM starts from."""
 EMA_DECAY = 0.999
@@ -263,13 +267,15 @@ def untrained_model(args: argparse.Namespace) -> Path:
 def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Stage `vae`: absolute and squared error of the picture, and a little divergence from a normal distribution.
 
-    The squared error makes colours appear early: by the absolute one alone, details of grey pictures fill the latents.
+    Errors of colour weigh more than those of brightness: otherwise details of grey pictures fill the latents, and
+    palette images, which are told apart by colour, lose it.
     """
     import torch
     from diffusers import AutoencoderKL
 
     images, _, _ = read_images(args.output_dir / "images")
     vae = AutoencoderKL.from_pretrained(untrained_model(args) / "vae").train()
+    basis = torch.tensor(COLOR_BASIS, device=accelerator.device)
     crops_until = round(args.vae_steps * (1 - args.whole_share))
 
     def loss(step: int, generator: "torch.Generator") -> "dict[str, Tensor]":
@@ -288,7 +294,7 @@ def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         noise = torch.randn(posterior.mean.shape, generator=generator).to(accelerator.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        error = decoded - target
+        error = torch.einsum("kc,nchw->nkhw", basis, decoded - target)
         return {"error": error.abs().mean(), "squared": error.square().mean(), "divergence": KL_WEIGHT * divergence}
 
     (trained,) = train("vae", [vae], loss, args.vae_steps, args.vae_learning_rate, args, accelerator)
