@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 STAGES = ("images", "vae", "latents", "unet", "export", "card")
 SIDE = 128
 """Pixels of a picture."""
+LATENT_SIDE = SIDE // 4
 CROP = 64
 """Pixels of the crops that the first part of the VAE's training sees."""
 SCENES_PER_FILE = 50
@@ -58,10 +59,6 @@ MODEL = {
 }
 """Arguments of `build_small_stable_diffusion`."""
 KL_WEIGHT = 1e-4
-_GREY, _RED_BLUE, _GREEN = (3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, 0.0, -(2**-0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5)
-COLOR_WEIGHT = 3.0
-COLOR_BASIS = (_GREY, *(tuple(COLOR_WEIGHT * part for part in axis) for axis in (_RED_BLUE, _GREEN)))
-"""Rows: brightness and two axes of colour of an RGB error, orthogonal, colour weighted."""
 CAPTION_DROPOUT = 0.15
 """Share of the captions replaced by "", which classifier-free guidance needs and whose embedding MADM starts from."""
 EMA_DECAY = 0.999
@@ -267,15 +264,18 @@ def untrained_model(args: argparse.Namespace) -> Path:
 def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Stage `vae`: absolute and squared error of the picture, and a little divergence from a normal distribution.
 
-    Errors of colour weigh more than those of brightness: otherwise details of grey pictures fill the latents, and
-    palette images, which are told apart by colour, lose it.
+    A linear map of the latents is to show the picture at their resolution (`preview`, thrown away afterwards). Without
+    it details of grey pictures fill the latents first, and colour, which tells palette images apart, comes late or
+    never.
     """
     import torch
     from diffusers import AutoencoderKL
+    from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
     images, _, _ = read_images(args.output_dir / "images")
     vae = AutoencoderKL.from_pretrained(untrained_model(args) / "vae").train()
-    basis = torch.tensor(COLOR_BASIS, device=accelerator.device)
+    torch.manual_seed(args.seed)
+    preview = torch.nn.Conv2d(vae.config.latent_channels, 3, 1)
     crops_until = round(args.vae_steps * (1 - args.whole_share))
 
     def loss(step: int, generator: "torch.Generator") -> "dict[str, Tensor]":
@@ -292,12 +292,16 @@ def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         target = as_input(batch, accelerator.device)
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(accelerator.device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        latents = posterior.mean + posterior.std * noise
+        decoded = vae.decode(latents).sample
+        small = avg_pool2d(target, SIDE // LATENT_SIDE)
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        error = torch.einsum("kc,nchw->nkhw", basis, decoded - target)
-        return {"error": error.abs().mean(), "squared": error.square().mean(), "divergence": KL_WEIGHT * divergence}
+        return {
+            "error": l1_loss(decoded, target), "squared": mse_loss(decoded, target),
+            "preview": mse_loss(preview(latents), small), "divergence": KL_WEIGHT * divergence,
+        }  # fmt: skip
 
-    (trained,) = train("vae", [vae], loss, args.vae_steps, args.vae_learning_rate, args, accelerator)
+    trained, _ = train("vae", [vae, preview], loss, args.vae_steps, args.vae_learning_rate, args, accelerator)
     publish_folder(args.output_dir / "vae", trained.save_pretrained)
 
 
@@ -309,7 +313,7 @@ def encode_latents(args: argparse.Namespace, accelerator: "Accelerator") -> None
 
     images, _, _ = read_images(args.output_dir / "images")
     vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").to(accelerator.device).eval()
-    latents = np.empty((len(images), 2, 4, SIDE // 4, SIDE // 4), np.float16)
+    latents = np.empty((len(images), 2, 4, LATENT_SIDE, LATENT_SIDE), np.float16)
     with torch.no_grad():
         for start in tqdm(range(0, len(images), 16), desc="latents", unit="16 pictures"):
             batch = images[start : start + 16]
@@ -374,7 +378,7 @@ def export(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
     out = args.output_dir
     unet = UNet2DConditionModel.from_pretrained(out / "unet")
-    unet.register_to_config(sample_size=SIDE // 4)
+    unet.register_to_config(sample_size=LATENT_SIDE)
     pipeline = StableDiffusionPipeline.from_pretrained(
         untrained_model(args),
         vae=AutoencoderKL.from_pretrained(out / "vae"),

@@ -159,7 +159,7 @@ def plot_losses(out: Path, path: Path) -> None:
     for axes, (stage, key, title) in zip(
         figure.subplots(1, 2),
         (
-            ("vae", "error", "VAE: absolute error, colour weighted"),
+            ("vae", "error", "VAE: mean absolute error, in [-1, 1]"),
             ("unet", "noise error", "UNet: squared error of noise"),
         ),
         strict=True,
