@@ -16,12 +16,11 @@ another base model or other scenes is refused, not mixed in.
 """
 
 import argparse
+import functools
 import hashlib
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import machine
+from benchmarks.common import ROOT, machine, run_script
 from madm_utils.args import formatter, non_negative_int, positive_int
 from madm_utils.args import seed as seed_number
 from madm_utils.cli import UserError, quiet_libraries, run
@@ -39,7 +38,6 @@ from madm_utils.files import publish_folder, replacing
 from madm_utils.scenes import render_scene, scene_seed
 from madm_utils.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
 ASSET = ROOT / "assets" / "street-diffusion-small"
 MODALITIES = ("depth", "infrared", "event")
 TRAINING = (
@@ -108,22 +106,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def call(log: Path, threads: int, *command: object) -> float:
-    """Run one of the scripts, its output appended to `log`; returns its CPU seconds, `UserError` where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, *map(str, command)]
-    with log.open("a", encoding="utf-8") as output:
-        output.write(f"$ {shlex.join(arguments)}\n")
-        output.flush()
-        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=ROOT)
-        # Not process.wait(): of a child that has been waited for, the system no longer tells the CPU time.
-        _, status, usage = os.wait4(process.pid, 0)
-    code = process.returncode = os.waitstatus_to_exitcode(status)
-    if code:
-        raise UserError(f"{Path(command[0]).name} ended with exit code {code}; see the end of {log}")
-    return usage.ru_utime + usage.ru_stime
-
-
 def prepare_data(args: argparse.Namespace) -> None:
     """Draw what the rows need: source labelled and targets not; for the ceiling the same scenes, all labelled."""
     settings = {"num_train": args.num_train, "num_eval": args.num_eval, "scenes": scenes_digest()}
@@ -142,7 +124,7 @@ def prepare_data(args: argparse.Namespace) -> None:
         def write(target: Path, name: str = name) -> None:
             sizes = ("--num_train", args.num_train, "--num_val", args.num_eval, "--num_test", args.num_eval)
             command = ("prepare_datasets.py", "--dataset", "synthetic", *sizes, *extra[name])
-            call(args.data_dir / f"{name}.txt", 1, *command, "--output_dir", target / "prepared")
+            run_script(args.data_dir / f"{name}.txt", *command, "--output_dir", target / "prepared")
             (target / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
         publish_folder(folder, write)
@@ -153,6 +135,7 @@ def data_of(row: Row) -> str:
     return LABELLED if row.on_target else UNLABELLED
 
 
+@functools.cache
 def scenes_digest() -> str:
     """Digest of a scene of every modality: another one when the design of the scenes has changed."""
     digest = hashlib.sha256()
@@ -162,6 +145,7 @@ def scenes_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def base_digest(folder: Path) -> str:
     """Digest of the weights of a base model."""
     digest = hashlib.sha256()
@@ -244,15 +228,15 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
         flags += ["--validation_steps", str(max(1, settings["steps"] // args.validations)), "--validate_on", "val"]
     resume = ("--resume_from_checkpoint", "latest") if list(training.glob("checkpoint-*")) else ()
     started = time.monotonic()
-    cpu = call(
-        log, args.num_threads, "train_madm.py", *task, "--data_dir", data, "--pretrained_model_name_or_path", base,
-        *flags, "--output_dir", training, *resume,
+    cpu = run_script(
+        log, "train_madm.py", *task, "--data_dir", data, "--pretrained_model_name_or_path", base,
+        *flags, "--output_dir", training, *resume, threads=args.num_threads,
     )  # fmt: skip
     seconds = time.monotonic() - started
     evaluation = folder / args.split
-    call(
-        log, args.num_threads, "eval_madm.py", "--model_path", training, "--data_dir", data, "--split", args.split,
-        "--batch_size", 4, "--num_pictures", 0, "--output_dir", evaluation,
+    run_script(
+        log, "eval_madm.py", "--model_path", training, "--data_dir", data, "--split", args.split,
+        "--batch_size", 4, "--num_pictures", 0, "--output_dir", evaluation, threads=args.num_threads,
     )  # fmt: skip
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     record = {

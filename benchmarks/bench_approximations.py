@@ -20,9 +20,7 @@ time. The exit code is 1 where bf16 is inferior.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +32,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import machine
+from benchmarks.common import ROOT, machine, run_script
 from benchmarks.measuring import Worker, clock, goal, heading, in_turns, is_bf16_fast, serve
 from madm_utils import __version__
 from madm_utils.args import formatter, positive_float, positive_int
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
 
     from madm_utils.modeling_madm import MADMModel
 
-ROOT = Path(__file__).parent.parent
 TASK = "synthetic_to_infrared"
 UNET_CHANNELS, VAE_CHANNELS, ATTENTION_HEADS = (32, 32, 64, 64), (8, 16, 32), 2
 # As in the demo: rates and thresholds with which a short training from random weights learns something.
@@ -115,15 +112,6 @@ ROWS = {
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
-def call(log: Path, *command: object) -> None:
-    """Run a Python script, its output appended to `log`, with one thread; `UserError` where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("a", encoding="utf-8") as output:
-        done = subprocess.run([sys.executable, *map(str, command)], stdout=output, stderr=output, env=environment)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, command[:2]))} ended with exit code {done.returncode}; see {log}")
-
-
 def once(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill `folder`, unless an earlier run did."""
     if not folder.is_dir():
@@ -137,7 +125,7 @@ def prepare(out: Path, args: argparse.Namespace) -> None:
 
     numbers = ("--num_train", args.num_train, "--num_test", args.num_test, "--resolution", args.resolution)
     command = (ROOT / "prepare_datasets.py", "--task", TASK, *numbers, "--num_proc", 1, "--output_dir")
-    once(out / "data", lambda folder: call(out / "log.txt", *command, folder / "prepared"))
+    once(out / "data", lambda folder: run_script(out / "log.txt", *command, folder / "prepared"))
     once(
         out / "base",
         lambda folder: build_small_stable_diffusion(
@@ -211,7 +199,7 @@ def train_and_evaluate(out: Path, seed: int, name: str, rows: Sequence[str], arg
         shutil.rmtree(model, ignore_errors=True)  # an interrupted training
         print(f"training {name}, seed {seed}", file=sys.stderr)
         steps = ("--max_train_steps", args.steps, "--dplg_end_step", args.steps // 2)
-        call(
+        run_script(
             log, ROOT / "train_madm.py", "--task", TASK, "--data_dir", out / "data" / "prepared",
             "--pretrained_model_name_or_path", out / "base", "--resolution", args.resolution, *TRAINING, *steps,
             "--seed", seed, *ROWS[name].train_flags(out / "decoder"), "--output_dir", model,
@@ -221,7 +209,7 @@ def train_and_evaluate(out: Path, seed: int, name: str, rows: Sequence[str], arg
         if (ROWS[row].of or row) == name and not counts.is_file():
             print(f"evaluating {row}, seed {seed}", file=sys.stderr)
             flags = ("--model_path", model, "--data_dir", out / "data" / "prepared", *ROWS[row].eval_flags())
-            call(log, __file__, "--counts", counts, *flags)
+            run_script(log, Path(__file__).resolve(), "--counts", counts, *flags)
 
 
 def counts_file(out: Path, seed: int, row: str) -> Path:

@@ -5,11 +5,12 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from benchmarks.plain_step import Arrangement
     from madm_utils.modeling_madm import MADMModel
 
+ROOT = Path(__file__).resolve().parent.parent
 # Widths of VAE and UNet, and the flags of train_madm.py about the head's.
 _SMALL_DIFFUSION = {
     "vae": {"block_out_channels": (16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8},
@@ -242,6 +244,31 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU"
     )
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def run_script(log: Path, *command: object, threads: int = 1) -> float:
+    """Run a Python script from the root of the repository, its output appended to `log`; returns its CPU seconds.
+
+    Raises:
+        UserError: it failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, *map(str, command)]
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {shlex.join(arguments)}\n")
+        output.flush()
+        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=ROOT)
+        # Not process.wait(): of a child that has been waited for, the system no longer tells the CPU time.
+        _, status, usage = os.wait4(process.pid, 0)
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    if code:
+        raise UserError(f"{Path(command[0]).name} ended with exit code {code}; see the end of {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Table of texts."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def in_own_process(script: str, name: str, *flags: str) -> dict:

@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,11 +21,11 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ablation import MODALITIES, ROWS
+from benchmarks.common import ROOT, markdown_table
 from madm_utils.args import formatter
 from madm_utils.cli import UserError, quiet_libraries, run
 from madm_utils.files import replacing
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 LEAST_SEEDS = 3
 """With fewer a goal counts as not measured."""
@@ -93,12 +93,6 @@ def check_common_settings(records: Sequence[dict]) -> None:
                 )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def spread(scores: Sequence[float]) -> str:
     """Mean and standard deviation, with the number of seeds where it is not three."""
     if not scores:
@@ -114,7 +108,7 @@ def main_table(results: Results) -> str:
         means = [results.mean(modality, name) for modality in MODALITIES]
         average = "-" if None in means else f"{mean(means):.1f}"
         rows.append([row.title, *(spread(results.scores(modality, name)) for modality in MODALITIES), average])
-    return table(["", *MODALITIES, "average"], rows)
+    return markdown_table(["", *MODALITIES, "average"], rows)
 
 
 def goals(results: Results) -> str:
@@ -147,7 +141,7 @@ def goals(results: Results) -> str:
     pretrained = [results.average_gain("madm", "madm-random")]
     goal(f"pre-trained above random UNet by at least {PRETRAINING_GOAL:g} on average", pretrained, PRETRAINING_GOAL)
     goal(f"LoRA within {LORA_MARGIN:g} of full tuning on each", each("madm-lora", "madm"), -LORA_MARGIN)
-    return table(["goal (means over seeds, test scenes)", f"measured ({', '.join(MODALITIES)})", ""], rows)
+    return markdown_table(["goal (means over seeds, test scenes)", f"measured ({', '.join(MODALITIES)})", ""], rows)
 
 
 def class_table(results: Results, modality: str) -> str:
@@ -161,7 +155,7 @@ def class_table(results: Results, modality: str) -> str:
             values = [record["iou"][label] for record in results.records[modality, name].values()]
             cells.append(f"{mean(values):.0f}" if None not in values else "-")
         rows.append([label, *cells])
-    return table(["IoU in %", *names], rows)
+    return markdown_table(["IoU in %", *names], rows)
 
 
 def cost_table(results: Results) -> str:
@@ -174,7 +168,7 @@ def cost_table(results: Results) -> str:
                 mean(record[key] for record in records) / 60 for key in ("train_seconds", "train_cpu_seconds")
             )
             rows.append([row.title, str(records[0]["settings"]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
-    return table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
+    return markdown_table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
 
 
 def validation_curve(folder: Path) -> dict[int, float]:

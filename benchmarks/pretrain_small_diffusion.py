@@ -68,7 +68,7 @@ CLOCKS = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags; the defaults made the model in `assets/`."""
+    """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to do")
     parser.add_argument("--num_scenes", type=positive_int, default=2500, help="drawn, eight pictures of each")
@@ -102,35 +102,37 @@ def _draw_file(job: tuple[Path, int, int]) -> None:
         np.savez(
             file,
             images=np.stack([picture.image for picture in pictures]),
-            kinds=np.array([picture.kind for picture in pictures]),
             captions=np.array([picture.caption for picture in pictures]),
         )
 
 
-def draw_images(folder: Path, num_scenes: int, num_proc: int, first_seed: int = FIRST_SEED) -> None:
-    """Write the pictures of `num_scenes` scenes, some scenes per file; files that exist are kept."""
+def draw_images(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `images`: the pictures of all scenes, some scenes per file; files that exist are kept."""
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm.auto import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, num_scenes, SCENES_PER_FILE)
+    folder = args.output_dir / "images"
+    folder.mkdir(exist_ok=True)
     jobs = [
-        (folder / f"{start:06d}.npz", first_seed + start, first_seed + min(start + SCENES_PER_FILE, num_scenes))
-        for start in starts
+        (folder / f"{start:06d}.npz", FIRST_SEED + start, FIRST_SEED + min(start + SCENES_PER_FILE, args.num_scenes))
+        for start in range(0, args.num_scenes, SCENES_PER_FILE)
     ]
     missing = [job for job in jobs if not job[0].exists()]
-    with ProcessPoolExecutor(num_proc) as pool:
+    with ProcessPoolExecutor(args.num_proc) as pool:
         drawn = pool.map(_draw_file, missing)
         for _ in tqdm(drawn, desc=f"scenes, {SCENES_PER_FILE} per file", total=len(missing), unit="file"):
             pass
 
 
-def read_images(folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """All pictures (N, H, W, 3) uint8, their kinds and captions."""
-    files = [np.load(path) for path in sorted(folder.glob("*.npz"))]
-    images = np.concatenate([file["images"] for file in files])
-    return images, *([str(text) for file in files for text in file[name]] for name in ("kinds", "captions"))
+def read_images(out: Path) -> np.ndarray:
+    """All pictures, (N, H, W, 3) uint8."""
+    return np.concatenate([np.load(path)["images"] for path in sorted((out / "images").glob("*.npz"))])
+
+
+def read_captions(out: Path) -> list[str]:
+    """Captions of all pictures, in their order."""
+    return [str(text) for path in sorted((out / "images").glob("*.npz")) for text in np.load(path)["captions"]]
 
 
 def as_input(images: np.ndarray, device: "torch.device") -> "Tensor":
@@ -164,7 +166,7 @@ def train(
     """Minimise the sum of the losses; goes on from the state in `{name}-state`, if there is one.
 
     Args:
-        name: of the stage; `{name}-log.json` receives the mean losses of every `LOGGED_STEPS` steps.
+        name: of the stage; `progress.json` of its state holds the mean losses of every `LOGGED_STEPS` steps.
         modules: trained together; changed in place.
         loss: from step number and generator to named losses.
         steps: how many.
@@ -181,7 +183,7 @@ def train(
     from torch import nn
     from tqdm.auto import tqdm
 
-    folder, log_path = args.output_dir / f"{name}-state", args.output_dir / f"{name}-log.json"
+    folder = args.output_dir / f"{name}-state"
     together = nn.ModuleList(modules)
     optimizer = torch.optim.AdamW(together.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=max(1, steps // 50), num_training_steps=steps)
@@ -211,7 +213,6 @@ def train(
             seconds = {key: clock() - start for (key, clock), start in zip(CLOCKS.items(), started, strict=True)}
             progress.update(step=step + 1, **seconds)
             save_state(folder, ema, progress, accelerator)
-            log_path.write_text(json.dumps(progress["log"], indent=1), encoding="utf-8")
     ema.copy_to(together.parameters())
     return list(accelerator.unwrap_model(together))
 
@@ -255,8 +256,7 @@ def untrained_model(args: argparse.Namespace) -> Path:
 
     folder = args.output_dir / "untrained"
     if not folder.exists():
-        _, _, captions = read_images(args.output_dir / "images")
-        settings = {"captions": sorted(set(captions)), "seed": args.seed, **MODEL}
+        settings = {"captions": sorted(set(read_captions(args.output_dir))), "seed": args.seed, **MODEL}
         publish_folder(folder, lambda target: build_small_stable_diffusion(target, **settings))
     return folder
 
@@ -272,7 +272,7 @@ def train_vae(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     from diffusers import AutoencoderKL
     from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
-    images, _, _ = read_images(args.output_dir / "images")
+    images = read_images(args.output_dir)
     vae = AutoencoderKL.from_pretrained(untrained_model(args) / "vae").train()
     torch.manual_seed(args.seed)
     preview = torch.nn.Conv2d(vae.config.latent_channels, 3, 1)
@@ -311,7 +311,7 @@ def encode_latents(args: argparse.Namespace, accelerator: "Accelerator") -> None
     from diffusers import AutoencoderKL
     from tqdm.auto import tqdm
 
-    images, _, _ = read_images(args.output_dir / "images")
+    images = read_images(args.output_dir)
     vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").to(accelerator.device).eval()
     latents = np.empty((len(images), 2, 4, LATENT_SIDE, LATENT_SIDE), np.float16)
     with torch.no_grad():
@@ -333,7 +333,7 @@ def train_unet(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     from torch.nn.functional import mse_loss
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    _, _, captions = read_images(args.output_dir / "images")
+    captions = read_captions(args.output_dir)
     latents = np.load(args.output_dir / "latents.npy", mmap_mode="r")
     scale = AutoencoderKL.load_config(args.output_dir / "vae")["scaling_factor"]
     folder = untrained_model(args)
@@ -396,13 +396,8 @@ def write_card(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     measure_and_write(args, accelerator.device)
 
 
-def draw(args: argparse.Namespace, accelerator: "Accelerator") -> None:
-    """Stage `images`."""
-    draw_images(args.output_dir / "images", args.num_scenes, args.num_proc)
-
-
 DO: "dict[str, tuple[Callable[[argparse.Namespace, Accelerator], None], str]]" = {
-    "images": (draw, "images"),
+    "images": (draw_images, "images"),
     "vae": (train_vae, "vae"),
     "latents": (encode_latents, "latents.npy"),
     "unet": (train_unet, "text_encoder"),

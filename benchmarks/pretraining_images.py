@@ -21,7 +21,7 @@ from madm_utils.scene_sensors import (
     infrared_image,
     rgb_image,
 )
-from madm_utils.scenes import Scene
+from madm_utils.scenes import Scene, to_rgb8
 
 FIRST_SEED = 2**60
 """Seeds of the synthetic datasets end below this one. (NumPy cuts seeds into words, so the very first scene is also a
@@ -112,22 +112,22 @@ def _event(view: _View) -> np.ndarray:
     return event_image(view.canvas, view.scene.weather, view.rng)
 
 
-def _outline(view: _View, pixels: float) -> np.ndarray:
+def _outline(view: _View) -> np.ndarray:
     """Strength of edges in brightness and distance, (H, W)."""
-    light = view.blurred(np.maximum(view.canvas.color @ LUMINANCE, 0), pixels)
+    light = view.blurred(np.maximum(view.canvas.color @ LUMINANCE, 0), 1.0)
     depth = np.log(view.canvas.depth)
     steps = [np.hypot(*np.gradient(plane)) for plane in (light, 0.3 * depth)]
     return np.maximum(*steps) * view.canvas.height / REFERENCE_HEIGHT
 
 
 def _edges(view: _View) -> np.ndarray:
-    return (_outline(view, 1.0) > view.rng.uniform(0.05, 0.08)).astype(np.float32)
+    return (_outline(view) > view.rng.uniform(0.05, 0.08)).astype(np.float32)
 
 
 def _sketch(view: _View) -> np.ndarray:
     paper = 0.95 + 0.02 * smooth_noise(view.rng, view.canvas.height, view.canvas.width, 32)
     shade = 0.12 * (1 - np.clip(view.canvas.color @ LUMINANCE, 0, 1))
-    pencil = np.clip(_outline(view, 1.0) * view.rng.uniform(4, 7), 0, 0.85)
+    pencil = np.clip(_outline(view) * view.rng.uniform(4, 7), 0, 0.85)
     return paper - shade - pencil * (1 + 0.15 * view.rng.standard_normal(pencil.shape, dtype=np.float32))
 
 
@@ -241,15 +241,9 @@ def scene_pictures(seed: int, side: int = REFERENCE_HEIGHT) -> list[Picture]:
     chosen = {str(kind): _PHOTOGRAPHS[kind] for kind in photographs} | _SENSORS | {outline: _OUTLINES[outline]}
     subject = _subject(scene)
     pictures = [
-        Picture(_to_uint8(render(view)), kind, caption.format(subject)) for kind, (caption, render) in chosen.items()
+        Picture(to_rgb8(render(view)), kind, caption.format(subject)) for kind, (caption, render) in chosen.items()
     ]
     flat_scene, flat_street = _flat_street(rng, side)
-    pictures.append(Picture(_to_uint8(flat_street), FLAT_STREET[0], FLAT_STREET[1].format(_subject(flat_scene))))
-    pictures.append(Picture(_to_uint8(_flat_shapes(rng, side)), *FLAT_SHAPES))
+    pictures.append(Picture(to_rgb8(flat_street), FLAT_STREET[0], FLAT_STREET[1].format(_subject(flat_scene))))
+    pictures.append(Picture(to_rgb8(_flat_shapes(rng, side)), *FLAT_SHAPES))
     return pictures
-
-
-def _to_uint8(picture: np.ndarray) -> np.ndarray:
-    if picture.ndim == 2:
-        picture = np.repeat(picture[..., None], 3, axis=2)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -7,14 +7,13 @@ autoencoder keeps them.
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import machine
+from benchmarks.common import machine, markdown_table
 from benchmarks.pretraining_images import (
     FLAT_SHAPES,
     FLAT_STREET,
@@ -23,6 +22,7 @@ from benchmarks.pretraining_images import (
     PICTURES_PER_SCENE,
     scene_pictures,
 )
+from madm_utils.cli import UserError
 from madm_utils.files import publish_folder
 from madm_utils.label_spaces import STREET_CLASSES, STREET_PALETTE
 from madm_utils.scenes import render_scene, scene_seed
@@ -112,7 +112,10 @@ def measure_reconstruction(
     pictures = [picture for scene in range(num_scenes) for picture in scene_pictures(HELD_OUT_SEED + scene)]
     errors, shown = {}, []
     for kind in KINDS:
-        images = np.stack([picture.image for picture in pictures if picture.kind == kind])
+        found = [picture.image for picture in pictures if picture.kind == kind]
+        if not found:
+            raise UserError(f"no picture of kind '{kind}' in {num_scenes} scenes; give a larger --num_held_out")
+        images = np.stack(found)
         decoded = reconstruct(pipeline, images)
         squared = np.mean((images.astype(np.float64) - decoded) ** 2)
         errors[kind] = float(10 * np.log10(255**2 / squared))
@@ -171,11 +174,6 @@ def plot_losses(out: Path, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
 def card_text(measured: dict) -> str:
     """The model card, from `small_diffusion_card.md`."""
     import jinja2
@@ -191,6 +189,10 @@ def card_text(measured: dict) -> str:
         guidance=GUIDANCE,
         palette_goal=PALETTE_GOAL,
         verdict="met" if palette["all"] >= PALETTE_GOAL else "**missed**",
-        psnr_table=_table(["kind", "PSNR, dB"], [[kind, f"{db:.1f}"] for kind, db in measured["psnr_db"].items()]),
-        class_table=_table(["class", "%"], [[name, f"{share:.1f}"] for name, share in palette["per_class"].items()]),
+        psnr_table=markdown_table(
+            ["kind", "PSNR, dB"], [[kind, f"{db:.1f}"] for kind, db in measured["psnr_db"].items()]
+        ),
+        class_table=markdown_table(
+            ["class", "%"], [[name, f"{share:.1f}"] for name, share in palette["per_class"].items()]
+        ),
     )

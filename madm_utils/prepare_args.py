@@ -246,6 +246,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--resolution must be at least 32, got {args.resolution}")
     if args.as_raw and args.dataset != "synthetic":
         raise UserError("--as_raw draws raw layouts of synthetic scenes; use it with --dataset synthetic")
+    if (args.num_val or args.label_all) and (args.as_raw or not set(args.names) & set(SYNTHETIC_DATASETS)):
+        raise UserError("--num_val and --label_all are for prepared synthetic scenes; leave them out here")
     if args.file_list and not set(args.names) & set(RAW_DATASETS):
         raise UserError("--file_list selects files of the raw datasets; synthetic data and folders have none")
     if args.dataset != "folder":

@@ -96,7 +96,11 @@ def render_scene(
     scene = Scene.sample(layout_rng, height, width)
     canvas = Canvas(scene.camera, height, width, paint_rng)
     scene.paint(canvas, paint_rng)
-    picture = SENSORS[modality](canvas, scene.weather, noise_rng)
+    return to_rgb8(SENSORS[modality](canvas, scene.weather, noise_rng)), canvas.label
+
+
+def to_rgb8(picture: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 3) in [0, 1], clipped to it -> (H, W, 3) uint8."""
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, axis=2)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), canvas.label
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)

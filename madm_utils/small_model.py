@@ -66,7 +66,7 @@ def build_small_stable_diffusion(
             sample_size=64,
             block_out_channels=list(unet_channels),
             cross_attention_dim=prompt_dim,
-            attention_head_dim=attention_heads if isinstance(attention_heads, int) else list(attention_heads),
+            attention_head_dim=attention_heads,
             norm_num_groups=norm_groups,
         ).save_pretrained(folder / "unet")
         _save_text_parts(folder, prompt_dim, text_layers, captions)

@@ -45,6 +45,9 @@ def test_validation_scenes_and_labels_for_an_upper_bound(tmp_path):
     first = [np.asarray(rows[0]["image"]) for rows, _ in splits.values()]
     assert not any(np.array_equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     card = (tmp_path / "synthetic_depth/README.md").read_text()
+    for others in (("--dataset", "cityscapes", "--raw_dir", tmp_path), ("--dataset", "synthetic", "--as_raw")):
+        with pytest.raises(UserError, match="are for prepared synthetic scenes"):
+            prepare(*others, "--label_all", "--output_dir", tmp_path / "other")
     assert all(flag in card for flag in ("--num_train 1", "--num_val 2", "--num_test 1", "--label_all"))
 
 

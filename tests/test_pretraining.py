@@ -86,7 +86,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     assert json.loads((tmp_path / "cut/fit-state/progress.json").read_text())["step"] == 6
     resumed = fit(tmp_path / "cut")
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
-    logs = [json.loads((tmp_path / name / "fit-log.json").read_text()) for name in ("whole", "cut")]
+    logs = [json.loads((tmp_path / name / "fit-state/progress.json").read_text())["log"] for name in ("whole", "cut")]
     assert logs[0][-1]["step"] == logs[1][-1]["step"] == 10
 
 
