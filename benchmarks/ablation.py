@@ -53,6 +53,8 @@ OWNED = {
 """Flags of train_madm.py that `--flags` may not hold."""
 UNLABELLED, LABELLED = "unlabelled", "labelled"
 """Folders of data whose target training scenes have no labels, or have them."""
+DATA_LOCK, RESULTS_LOCK = ".data.lock", ".results.lock"
+"""Files in `--data_dir` and `--output_dir`, held while something writes there that two ablations would both make."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,6 @@ def prepare_data(args: argparse.Namespace) -> None:
                 raise UserError(f"{folder} holds data made with {found}, asked for are {settings}; give another")
             continue
         print(f"drawing scenes into {folder}", flush=True)
-        args.data_dir.mkdir(parents=True, exist_ok=True)
 
         def write(target: Path, name: str = name) -> None:
             sizes = ("--num_train", args.num_train, "--num_val", args.num_eval, "--num_test", args.num_eval)
@@ -156,6 +157,7 @@ def base_digest(folder: Path) -> str:
 
 def random_base(args: argparse.Namespace, seed: int) -> Path:
     """The base model with a UNet of random weights, others for every seed; VAE, text encoder and scheduler stay."""
+    import filelock
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -168,8 +170,9 @@ def random_base(args: argparse.Namespace, seed: int) -> Path:
         shutil.rmtree(target / "unet")
         unet.save_pretrained(target / "unet")
 
-    if not folder.exists():
-        publish_folder(folder, write)
+    with filelock.FileLock(args.data_dir / DATA_LOCK):
+        if not folder.exists():
+            publish_folder(folder, write)
     return folder
 
 
@@ -256,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and print the means; 1 where a row failed, after all others."""
     args = parse_args(argv)
     quiet_libraries()
+    import filelock
+
     for name in ("data_dir", "output_dir", "base_model"):
         setattr(args, name, getattr(args, name).resolve())
     if not (args.base_model / "model_index.json").exists():
@@ -263,7 +268,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     owned = sorted(set(args.flags) & OWNED)
     if owned:
         raise UserError(f"--flags holds {', '.join(owned)}, which the ablation sets itself")
-    prepare_data(args)
+    for folder in (args.data_dir, args.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(args.data_dir / DATA_LOCK):
+        prepare_data(args)
+    try:
+        with filelock.FileLock(args.output_dir / RESULTS_LOCK, timeout=0):
+            return run_jobs(args)
+    except filelock.Timeout:
+        raise UserError(f"another ablation writes to {args.output_dir}; wait for it, or give another") from None
+
+
+def run_jobs(args: argparse.Namespace) -> int:
+    """Every row, modality and seed; what `main` returns."""
     # Seed by seed: an interrupted suite has whole tables of fewer seeds.
     jobs = [(m, name, seed) for seed in args.seeds for m in args.modalities for name in args.rows]
     failures = []

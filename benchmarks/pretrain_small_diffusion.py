@@ -11,6 +11,7 @@ Stages, each of which is left out when its result lies in `--output_dir`:
     vae      train the autoencoder on crops of them, at the end on whole ones
     latents  encode every picture and its mirror image once
     unet     train UNet and text encoder to predict the noise in crops of the latents, at the end in whole ones
+    decoder  train the decoder alone, from the same latents, for sharper edges
     export   write the model in diffusers layout, in half precision
     card     measure it on scenes it has not seen; pictures, numbers and the model card
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
     from torch import Tensor, nn
 
-STAGES = ("images", "vae", "latents", "unet", "export", "card")
+STAGES = ("images", "vae", "latents", "unet", "decoder", "export", "card")
 SIDE = 128
 """Pixels of a picture."""
 LATENT_SIDE = SIDE // 4
@@ -82,13 +83,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--vae_whole_share", type=fraction, default=0.15, help="share of the VAE's steps on whole pictures"
     )
     parser.add_argument(
-        "--unet_steps", type=positive_int, default=5000, help="optimiser steps of UNet and text encoder"
+        "--unet_steps", type=positive_int, default=4000, help="optimiser steps of UNet and text encoder"
     )
     parser.add_argument("--unet_batch_size", type=positive_int, default=16, help="latents per step")
     parser.add_argument("--unet_learning_rate", type=positive_float, default=6e-4, help="peak")
     parser.add_argument(
         "--unet_whole_share", type=fraction, default=0.3, help="share of the UNet's steps on whole latents"
     )
+    parser.add_argument("--decoder_steps", type=positive_int, default=1000, help="steps of the decoder alone")
+    parser.add_argument("--decoder_batch_size", type=positive_int, default=4, help="whole pictures per step")
+    parser.add_argument("--decoder_learning_rate", type=positive_float, default=5e-4, help="peak")
     parser.add_argument("--checkpointing_steps", type=positive_int, default=250, help="save the state every N steps")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of both trainings")
     parser.add_argument("--num_held_out", type=positive_int, default=50, help="unseen scenes that the card measures")
@@ -389,6 +393,31 @@ def train_unet(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     publish_folder(args.output_dir / "text_encoder", trained[1].save_pretrained)
 
 
+def train_decoder(args: argparse.Namespace, accelerator: "Accelerator") -> None:
+    """Stage `decoder`: the absolute error alone, which at an edge prefers one of two colours to a mixture of them.
+
+    The encoder stays, and with it the latents that the UNet knows.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from torch.nn.functional import l1_loss
+
+    images = read_images(args.output_dir)
+    latents = np.load(args.output_dir / "latents.npy", mmap_mode="r")
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").train()
+
+    def loss(step: int, generator: "torch.Generator") -> "dict[str, Tensor]":
+        which = torch.randint(len(images), (args.decoder_batch_size,), generator=generator).tolist()
+        mirrored = torch.randint(2, (args.decoder_batch_size,), generator=generator).tolist()
+        target = np.stack([images[i][:, :: -1 if flip else 1] for i, flip in zip(which, mirrored, strict=True)])
+        given = torch.from_numpy(latents[which, mirrored].astype(np.float32)).to(accelerator.device)
+        return {"error": l1_loss(vae.decode(given).sample, as_input(target, accelerator.device))}
+
+    parts = [vae.post_quant_conv, vae.decoder]
+    train("decoder", parts, loss, args.decoder_steps, args.decoder_learning_rate, args, accelerator)
+    publish_folder(args.output_dir / "decoder", vae.save_pretrained)
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +432,7 @@ def export(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     unet.register_to_config(sample_size=LATENT_SIDE)
     pipeline = StableDiffusionPipeline.from_pretrained(
         untrained_model(args),
-        vae=AutoencoderKL.from_pretrained(out / "vae"),
+        vae=AutoencoderKL.from_pretrained(out / "decoder"),
         unet=unet,
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32),
     )
@@ -423,12 +452,14 @@ DO: "dict[str, tuple[Callable[[argparse.Namespace, Accelerator], None], str]]" =
     "vae": (train_vae, "vae"),
     "latents": (encode_latents, "latents.npy"),
     "unet": (train_unet, "text_encoder"),
+    "decoder": (train_decoder, "decoder"),
     "export": (export, "model"),
     "card": (write_card, "card"),
 }
 """Per stage: what does it, and the result that says it is done."""
 OF_THE_RESULT = ("num_scenes", "vae_steps", "vae_batch_size", "vae_learning_rate", "vae_whole_share", "unet_steps",
-                 "unet_batch_size", "unet_learning_rate", "unet_whole_share", "mixed_precision", "seed")  # fmt: skip
+                 "unet_batch_size", "unet_learning_rate", "unet_whole_share", "decoder_steps",
+                 "decoder_batch_size", "decoder_learning_rate", "mixed_precision", "seed")  # fmt: skip
 
 
 def check_settings(args: argparse.Namespace) -> None:

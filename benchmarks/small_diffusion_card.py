@@ -36,6 +36,12 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 GUIDANCE = 3.0
 PALETTE_GOAL = 97.0
 """Percent of the pixels that come back to the right colour of the palette."""
+TRAININGS = {
+    "vae": ("error", "VAE: mean absolute error, in [-1, 1]"),
+    "decoder": ("error", "decoder: mean absolute error"),
+    "unet": ("noise error", "UNet: squared error of noise"),
+}
+"""Stage -> the loss that the card plots, and what the plot is called."""
 _SUBJECT = "a street with cars and people"
 CAPTIONS = (
     *(f"a photograph of {_SUBJECT} {when}" for when in ("by day", "at night", "in the rain", "in fog")),
@@ -69,14 +75,14 @@ def measure_and_write(args: argparse.Namespace, device: "torch.device") -> None:
             for name in ("vae", "unet", "text_encoder")
         }
         clock = "cpu_seconds" if device.type == "cpu" else "seconds"
-        seconds = {name: _progress(out, name)[clock] for name in ("vae", "unet")}
+        seconds = {name: _progress(out, name)[clock] for name in TRAININGS}
         measured = {
             "machine": machine(), "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
             "safetensors_mb": size / 1e6, "parameters": parameters, "training_seconds": seconds,
             "clock": "CPU hours" if device.type == "cpu" else "hours",
             "psnr_db": errors, "palette": palette,
             "num_samples": args.num_samples, "sampling_steps": args.sampling_steps, "num_held_out": args.num_held_out,
-            "final_losses": {name: _progress(out, name)["log"][-1] for name in ("vae", "unet")},
+            "final_losses": {name: _progress(out, name)["log"][-1] for name in TRAININGS},
         }  # fmt: skip
         (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card_text(measured), encoding="utf-8")
@@ -153,20 +159,13 @@ def sample_grid(pipeline: "StableDiffusionPipeline", num_samples: int, sampling_
 
 
 def plot_losses(out: Path, path: Path) -> None:
-    """Loss curves of both trainings."""
+    """Loss curves of the trainings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (stage, key, title) in zip(
-        figure.subplots(1, 2),
-        (
-            ("vae", "error", "VAE: mean absolute error, in [-1, 1]"),
-            ("unet", "noise error", "UNet: squared error of noise"),
-        ),
-        strict=True,
-    ):
+    for axes, (stage, (key, title)) in zip(figure.subplots(1, len(TRAININGS)), TRAININGS.items(), strict=True):
         log = _progress(out, stage)["log"]
         axes.plot([entry["step"] for entry in log], [entry[key] for entry in log])
         axes.set(title=title, xlabel="step", yscale="log")

@@ -7,8 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from benchmarks.ablation import ROWS, random_base
+from benchmarks.ablation import RESULTS_LOCK, ROWS, random_base
 from madm_utils.small_model import build_small_stable_diffusion
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,9 @@ def test_errors(done, tmp_path):
     assert own.returncode == 2 and "--flags holds --max_train_steps" in own.stderr
     missing = call(done, "--base_model", tmp_path)
     assert missing.returncode == 2 and "holds no model" in missing.stderr
+    with FileLock(done / "results" / RESULTS_LOCK):
+        second = call(done, "--rows", "supervised", "--seeds", 3)
+    assert second.returncode == 2 and "another ablation writes to" in second.stderr
 
 
 def test_rows_differ_by_what_they_are_called():

@@ -92,7 +92,8 @@ def test_training_goes_on_where_it_stopped(tmp_path):
 
 def call(folder: Path, *flags: object) -> subprocess.CompletedProcess:
     small = ("--num_scenes", 2, "--vae_steps", 3, "--vae_batch_size", 2, "--unet_steps", 3, "--unet_batch_size", 2)
-    small += ("--num_proc", 1, "--num_held_out", 12, "--num_samples", 1, "--sampling_steps", 1, "--output_dir", folder)
+    small += ("--decoder_steps", 3, "--decoder_batch_size", 2, "--num_held_out", 12, "--num_samples", 1)
+    small += ("--sampling_steps", 1, "--num_proc", 1, "--output_dir", folder)
     command = [sys.executable, SCRIPT, *map(str, small + flags)]
     return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
 
