@@ -10,8 +10,8 @@ It runs the real prepare_datasets.py, train_madm.py and eval_madm.py. Settings a
 (`--split val`); the test scenes (the default) are for the final table. An interrupted call goes on where it stopped: a
 row that has its result is kept, a training goes on from its last checkpoint.
 
-Results lie in `--output_dir`/MODALITY/ROW/seed-N: result-SPLIT.json (scores, seconds, settings), and training/ with
-the log, pictures of pseudo-labels every quarter of the steps, and the model. What was made with other settings,
+Results lie in `--output_dir`/MODALITY/ROW/seed-N: result-SPLIT.json (scores, curve, seconds, settings), and training/
+with the log, pictures of pseudo-labels every quarter of the steps, and the model. What was made with other settings,
 another base model or other scenes is refused, not mixed in.
 """
 
@@ -49,12 +49,16 @@ TRAINING = (
 OWNED = {
     "--task", "--task_config", "--data_dir", "--pretrained_model_name_or_path", "--max_train_steps", "--seed",
     "--checkpointing_steps", "--validation_steps", "--validate_on", "--output_dir", "--resume_from_checkpoint",
+    "--source_only", "--unet_tuning",
 }  # fmt: skip
 """Flags of train_madm.py that `--flags` may not hold."""
 UNLABELLED, LABELLED = "unlabelled", "labelled"
 """Folders of data whose target training scenes have no labels, or have them."""
 DATA_LOCK, RESULTS_LOCK = ".data.lock", ".results.lock"
 """Files in `--data_dir` and `--output_dir`, held while something writes there that two ablations would both make."""
+COST = "cost.json"
+"""In the folder of a row and seed: settings, how often its training was started, and what it took."""
+LOG_NAME = "training_log.jsonl"  # as in madm_utils.tracking, which takes seconds to import
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="ways to train")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=list(MODALITIES), help="targets")
-    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], help="of the trainings [0 1 2]")
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="labelled target scenes to score on")
     parser.add_argument("--base_model", type=Path, default=ASSET, help="pre-trained model in diffusers layout")
     parser.add_argument("--num_train", type=positive_int, default=1000, help="training scenes per domain")
@@ -202,7 +206,7 @@ def settings_of(args: argparse.Namespace, modality: str, name: str) -> dict:
 
 
 def kept_result(path: Path, settings: dict) -> bool:
-    """Whether the result is there; `UserError` where it is one of other settings."""
+    """Whether a record of a result or a training is there; `UserError` where it is one of other settings."""
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -214,10 +218,10 @@ def kept_result(path: Path, settings: dict) -> bool:
 
 def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> None:
     """Train and evaluate one row with one seed, unless its result is there."""
-    row, folder = ROWS[name], args.output_dir / modality / name / f"seed-{seed}"
-    result, training, log = folder / f"result-{args.split}.json", folder / "training", folder / "log.txt"
+    row, folder = ROWS[name], folder_of(args, modality, name, seed)
+    training, log = folder / "training", folder / "log.txt"
     settings = settings_of(args, modality, name)
-    if kept_result(result, settings):
+    if kept_result(folder / f"result-{args.split}.json", settings):
         return
     folder.mkdir(parents=True, exist_ok=True)
     task = ("--task", f"synthetic_to_{modality}")
@@ -229,13 +233,21 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     flags += ["--checkpointing_steps", str(max(1, settings["steps"] // 2))]
     if args.validations:
         flags += ["--validation_steps", str(max(1, settings["steps"] // args.validations)), "--validate_on", "val"]
-    resume = ("--resume_from_checkpoint", "latest") if list(training.glob("checkpoint-*")) else ()
-    started = time.monotonic()
-    cpu = run_script(
-        log, "train_madm.py", *task, "--data_dir", data, "--pretrained_model_name_or_path", base,
-        *flags, "--output_dir", training, *resume, threads=args.num_threads,
-    )  # fmt: skip
-    seconds = time.monotonic() - started
+    cost_file = folder / COST
+    cost = {"settings": settings, "starts": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0}
+    if cost_file.exists():
+        cost = json.loads(cost_file.read_text(encoding="utf-8"))
+    if not (training / "madm_config.json").exists():  # what a training writes last
+        resume = ("--resume_from_checkpoint", "latest") if list(training.glob("checkpoint-*")) else ()
+        cost["starts"] += 1
+        write_json(cost_file, cost)
+        started = time.monotonic()
+        cost["train_cpu_seconds"] += run_script(
+            log, "train_madm.py", *task, "--data_dir", data, "--pretrained_model_name_or_path", base,
+            *flags, "--output_dir", training, *resume, threads=args.num_threads,
+        )  # fmt: skip
+        cost["train_seconds"] += time.monotonic() - started
+        write_json(cost_file, cost)
     evaluation = folder / args.split
     run_script(
         log, "eval_madm.py", "--model_path", training, "--data_dir", data, "--split", args.split,
@@ -243,16 +255,33 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     )  # fmt: skip
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     record = {
-        "modality": modality, "row": name, "seed": seed, "split": args.split, "settings": settings,
+        "modality": modality, "row": name, "seed": seed, "split": args.split, **cost,
         "miou": metrics["miou"],
         "iou": {label: values["iou"] for label, values in metrics["per_class"].items()},
-        "train_seconds": seconds, "train_cpu_seconds": cpu, "resumed": bool(resume),
+        "curve": validation_curve(training / LOG_NAME),
         "num_threads": args.num_threads, "parallel": args.parallel, "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    with replacing(result) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / f"result-{args.split}.json", record)
+    cpu = cost["train_cpu_seconds"]
     print(f"{modality:9} {name:14} seed {seed}  mIoU {metrics['miou']:6.2f}  {cpu:6.0f} CPU s", flush=True)
+
+
+def folder_of(args: argparse.Namespace, modality: str, name: str, seed: int) -> Path:
+    """Where a row with a seed keeps everything."""
+    return args.output_dir / modality / name / f"seed-{seed}"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write it whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def validation_curve(log: Path) -> list[tuple[int, float]]:
+    """Step and mIoU of the validations of a training; one made again after an interruption counts once."""
+    lines = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    return sorted({line["step"]: line["validation"]["miou"] for line in lines if "validation" in line}.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setattr(args, name, getattr(args, name).resolve())
     if not (args.base_model / "model_index.json").exists():
         raise UserError(f"{args.base_model} holds no model; make it with benchmarks/pretrain_small_diffusion.py")
-    owned = sorted(set(args.flags) & OWNED)
+    owned = sorted({flag.split("=")[0] for flag in args.flags} & OWNED)
     if owned:
         raise UserError(f"--flags holds {', '.join(owned)}, which the ablation sets itself")
     for folder in (args.data_dir, args.output_dir):
@@ -283,6 +312,9 @@ def run_jobs(args: argparse.Namespace) -> int:
     """Every row, modality and seed; what `main` returns."""
     # Seed by seed: an interrupted suite has whole tables of fewer seeds.
     jobs = [(m, name, seed) for seed in args.seeds for m in args.modalities for name in args.rows]
+    for modality, name, seed in jobs:  # before hours of training, not between them
+        for record in (COST, f"result-{args.split}.json"):
+            kept_result(folder_of(args, modality, name, seed) / record, settings_of(args, modality, name))
     failures = []
     with ThreadPoolExecutor(args.parallel) as pool:
         futures = {pool.submit(run_row, args, *job): job for job in jobs}
@@ -310,7 +342,7 @@ def print_means(args: argparse.Namespace) -> None:
     for name in args.rows:
         cells = []
         for modality in args.modalities:
-            paths = [args.output_dir / modality / name / f"seed-{s}/result-{args.split}.json" for s in args.seeds]
+            paths = [folder_of(args, modality, name, s) / f"result-{args.split}.json" for s in args.seeds]
             scores = [json.loads(path.read_text(encoding="utf-8"))["miou"] for path in paths if path.exists()]
             text = f"{mean(scores):.2f}" if scores else "-"
             cells.append(text + (f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""))

@@ -83,14 +83,26 @@ def load(folder: Path) -> Results:
 
 def check_common_settings(records: Sequence[dict]) -> None:
     """Raise `UserError` where results differ in anything but the row's own flags and the task's schedule."""
+    for record in records:
+        own, now = record["settings"]["row_flags"], list(ROWS[record["row"]].flags)
+        if own != now:
+            raise UserError(f"{record['folder']} was trained with the row's flags {own}, which now are {now}")
+    records = [{**record, "settings": {**record["settings"], "flags": common_flags(record)}} for record in records]
     first = records[0]
-    for key in ("steps", "more_flags", "num_train", "num_eval", "base_model", "scenes"):
+    for key in ("steps", "flags", "more_flags", "num_train", "num_eval", "base_model", "scenes"):
         for record in records[1:]:
             if record["settings"][key] != first["settings"][key]:
                 raise UserError(
                     f"{first['folder']} and {record['folder']} differ in {key}: {first['settings'][key]} and "
                     f"{record['settings'][key]}; a table needs results of one suite"
                 )
+
+
+def common_flags(record: dict) -> list[str]:
+    """Flags of every row, without the end of DPLG, which is in proportion to the task's."""
+    flags = list(record["settings"]["flags"])
+    where = flags.index("--dplg_end_step")
+    return flags[:where] + flags[where + 2 :]
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -159,22 +171,16 @@ def class_table(results: Results, modality: str) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """Seconds of a training, by row."""
+    """Seconds of a training, by row; of those that were not interrupted."""
     rows = []
     for name, row in ROWS.items():
-        records = [r for m in MODALITIES for r in results.records.get((m, name), {}).values() if not r["resumed"]]
+        records = [r for m in MODALITIES for r in results.records.get((m, name), {}).values() if r["starts"] == 1]
         if records:
             wall, cpu = (
                 mean(record[key] for record in records) / 60 for key in ("train_seconds", "train_cpu_seconds")
             )
             rows.append([row.title, str(records[0]["settings"]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
     return markdown_table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
-
-
-def validation_curve(folder: Path) -> dict[int, float]:
-    """Step -> mIoU of the validations of a training; one that was made again after an interruption counts once."""
-    lines = (json.loads(line) for line in (folder / "training" / "training_log.jsonl").read_text().splitlines())
-    return {line["step"]: line["validation"]["miou"] for line in lines if "validation" in line}
 
 
 def plot_curves(results: Results, path: Path) -> None:
@@ -186,7 +192,7 @@ def plot_curves(results: Results, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, modality in zip(figure.subplots(1, len(MODALITIES)), MODALITIES, strict=True):
         for name in ROWS:
-            curves = [validation_curve(r["folder"]) for r in results.records.get((modality, name), {}).values()]
+            curves = [dict(r["curve"]) for r in results.records.get((modality, name), {}).values()]
             shared = sorted(set.intersection(*map(set, curves))) if curves else []
             if shared:
                 scores = [mean(curve[step] for curve in curves) for step in shared]
@@ -207,9 +213,10 @@ def copy_pictures(results: Results, images: Path) -> str:
     for modality in MODALITIES:
         for name in ("self-training", "dplg"):
             records = results.records.get((modality, name), {})
-            if not records:
+            folders = [record["folder"] / "training" / "validation" for _, record in sorted(records.items())]
+            folder = next((folder for folder in folders if folder.is_dir()), None)
+            if folder is None:  # not run, or its training was deleted
                 continue
-            folder = records[min(records)]["folder"] / "training" / "validation"
             steps = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
             for when, path in zip(("early", "late"), dict.fromkeys((*steps[:1], *steps[-1:])), strict=False):
                 target = images / f"evidence_{modality}_{name}_{when}.png"
@@ -236,7 +243,7 @@ def document(results: Results, pictures: str) -> str:
         num_trainings=len(everything),
         machines=", ".join(sorted({record["machine"] for record in everything})),
         dates=dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
-        flags=shlex.join([*settings["flags"], *settings["more_flags"]]),
+        flags=shlex.join([*common_flags(everything[0]), *settings["more_flags"]]),
         row_flags={row.title: shlex.join(row.flags) or "none" for row in ROWS.values()},
         parallel=everything[0]["parallel"],
         threads=everything[0]["num_threads"],

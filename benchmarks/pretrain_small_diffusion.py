@@ -16,7 +16,7 @@ Stages, each of which is left out when its result lies in `--output_dir`:
     card     measure it on scenes it has not seen; pictures, numbers and the model card
 
 A stage that is interrupted goes on at its last saved state with the very numbers it would have drawn. The seed fixes
-everything on one machine. Runs on a CPU or one GPU.
+everything on one CPU. Runs on a CPU or one GPU.
 """
 
 import argparse
@@ -31,8 +31,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import machine
 from benchmarks.pretraining_images import FIRST_SEED, scene_pictures
-from madm_utils.args import formatter, fraction, positive_float, positive_int
+from madm_utils.args import check_precision, formatter, fraction, positive_float, positive_int
 from madm_utils.args import seed as seed_number
 from madm_utils.cli import UserError, quiet_libraries, run
 from madm_utils.files import publish_folder, replacing
@@ -88,13 +89,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unet_batch_size", type=positive_int, default=16, help="latents per step")
     parser.add_argument("--unet_learning_rate", type=positive_float, default=6e-4, help="peak")
     parser.add_argument(
-        "--unet_whole_share", type=fraction, default=0.3, help="share of the UNet's steps on whole latents"
+        "--unet_whole_share", type=fraction, default=0.2, help="share of the UNet's steps on whole latents"
     )
     parser.add_argument("--decoder_steps", type=positive_int, default=1000, help="steps of the decoder alone")
     parser.add_argument("--decoder_batch_size", type=positive_int, default=4, help="whole pictures per step")
     parser.add_argument("--decoder_learning_rate", type=positive_float, default=5e-4, help="peak")
     parser.add_argument("--checkpointing_steps", type=positive_int, default=250, help="save the state every N steps")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of both trainings")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of all trainings")
     parser.add_argument("--num_held_out", type=positive_int, default=50, help="unseen scenes that the card measures")
     parser.add_argument("--num_samples", type=positive_int, default=6, help="pictures per caption in the card")
     parser.add_argument("--sampling_steps", type=positive_int, default=50, help="of these pictures")
@@ -195,12 +196,15 @@ def train(
     from torch import nn
     from tqdm.auto import tqdm
 
+    accelerator.free_memory()  # of the stage before, which it would save with this one's
     folder = args.output_dir / f"{name}-state"
     together = nn.ModuleList(modules)
-    optimizer = torch.optim.AdamW(together.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(together.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=max(1, steps // 50), num_training_steps=steps)
     together, optimizer, schedule = accelerator.prepare(together, optimizer, schedule)
-    ema = EMAModel(together.parameters(), decay=EMA_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(
+        together.parameters(), decay=EMA_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
+    )
     ema.to(accelerator.device)
     progress = load_state(folder, ema, accelerator)
     started, recent = [clock() - progress[key] for key, clock in CLOCKS.items()], []
@@ -223,7 +227,7 @@ def train(
             recent = []
         if saving:
             seconds = {key: clock() - start for (key, clock), start in zip(CLOCKS.items(), started, strict=True)}
-            progress.update(step=step + 1, **seconds)
+            progress.update(step=step + 1, device=accelerator.device.type, machine=machine(), **seconds)
             save_state(folder, ema, progress, accelerator)
     ema.copy_to(together.parameters())
     return list(accelerator.unwrap_model(together))
@@ -235,7 +239,9 @@ def mean_losses(name: str, step: int, recent: "list[dict[str, Tensor]]") -> dict
 
     means = {key: torch.stack([entry[key] for entry in recent]).mean().item() for key in recent[0]}
     if not np.isfinite(sum(means.values())):
-        raise UserError(f"{name}: the loss is not finite at step {step + 1}; lower the learning rate")
+        raise UserError(
+            f"{name}: the loss is not finite at step {step + 1}; lower the learning rate, in another folder"
+        )
     return means
 
 
@@ -332,7 +338,7 @@ def encode_latents(args: argparse.Namespace, accelerator: "Accelerator") -> None
     vae = AutoencoderKL.from_pretrained(args.output_dir / "vae").to(accelerator.device).eval()
     latents = np.empty((len(images), 2, 4, LATENT_SIDE, LATENT_SIDE), np.float16)
     with torch.no_grad():
-        for start in tqdm(range(0, len(images), 16), desc="latents", unit="16 pictures"):
+        for start in tqdm(range(0, len(images), 16), desc="latents", unit="batch"):
             batch = images[start : start + 16]
             for side, flipped in enumerate((batch, batch[:, :, ::-1])):
                 means = vae.encode(as_input(flipped, accelerator.device)).latent_dist.mean
@@ -454,7 +460,7 @@ DO: "dict[str, tuple[Callable[[argparse.Namespace, Accelerator], None], str]]" =
     "unet": (train_unet, "text_encoder"),
     "decoder": (train_decoder, "decoder"),
     "export": (export, "model"),
-    "card": (write_card, "card"),
+    "card": (write_card, "model/README.md"),
 }
 """Per stage: what does it, and the result that says it is done."""
 OF_THE_RESULT = ("num_scenes", "vae_steps", "vae_batch_size", "vae_learning_rate", "vae_whole_share", "unet_steps",
@@ -489,23 +495,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do the stages that are not done."""
     args = parse_args(argv)
     quiet_libraries()
+    import filelock
+    import torch
     from accelerate import Accelerator
 
     from madm_utils.cpu_memory import keep_freed_memory
 
-    check_settings(args)
-    keep_freed_memory()
+    wanted = [stage for stage in STAGES if stage in args.stages and not is_done(stage, args)]
+    for stage in wanted:
+        for needed in STAGES[: STAGES.index(stage)]:
+            if needed not in wanted and not is_done(needed, args):
+                raise UserError(f"stage {stage} needs the result of {needed}; run that first (--stages {needed})")
+    check_precision(args.mixed_precision, torch.cuda.is_available())
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError("this script trains in one process; start it without accelerate launch")
-    for stage in STAGES:
-        if stage not in args.stages or is_done(stage, args):
-            continue
-        for needed in STAGES[: STAGES.index(stage)]:
-            if not is_done(needed, args):
-                raise UserError(f"stage {stage} needs the result of {needed}; run that first (--stages {needed})")
-        print(f"=== {stage}", flush=True)
-        DO[stage][0](args, accelerator)
+    check_settings(args)
+    keep_freed_memory()
+    try:
+        with filelock.FileLock(args.output_dir / ".lock", timeout=0):
+            for stage in wanted:
+                print(f"=== {stage}", flush=True)
+                DO[stage][0](args, accelerator)
+    except filelock.Timeout:
+        raise UserError(f"another pre-training writes to {args.output_dir}; wait for it, or give another") from None
     if (args.output_dir / "model").exists():
         print(f"{args.output_dir / 'model'} holds the model")
 

@@ -2,7 +2,7 @@
 
 As broad as procedural scenes allow: photographs by day, at night, in rain and fog; depth, infrared and event pictures;
 edges, pencil sketches, and flat drawings in random colours. No label map is among them, and no scene of the synthetic
-datasets: their seeds (`madm_utils.scenes.scene_seed`) all lie below `FIRST_SEED`.
+datasets with their default seed: their seeds (`madm_utils.scenes.scene_seed`) all lie below `FIRST_SEED`.
 """
 
 from collections.abc import Callable
@@ -148,7 +148,11 @@ _OUTLINES: dict[str, tuple[str, Callable[[_View], np.ndarray]]] = {
 }
 FLAT_STREET = ("flat street", "a flat drawing of {}")
 FLAT_SHAPES = ("flat shapes", "a flat drawing of coloured shapes")
-KINDS = (*_PHOTOGRAPHS, *_SENSORS, *_OUTLINES, FLAT_STREET[0], FLAT_SHAPES[0])
+CAPTIONS = {kind: caption for kind, (caption, _) in (_PHOTOGRAPHS | _SENSORS | _OUTLINES).items()} | dict(
+    (FLAT_STREET, FLAT_SHAPES)
+)
+"""Kind of picture -> its caption, with a place for what is in the street."""
+KINDS = tuple(CAPTIONS)
 PICTURES_PER_SCENE = 2 + len(_SENSORS) + 1 + 2
 """Two of the photographs, all sensors, one of the outlines, two flat drawings."""
 

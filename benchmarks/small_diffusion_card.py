@@ -13,15 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import machine, markdown_table
-from benchmarks.pretraining_images import (
-    FLAT_SHAPES,
-    FLAT_STREET,
-    HELD_OUT_SEED,
-    KINDS,
-    PICTURES_PER_SCENE,
-    scene_pictures,
-)
+from benchmarks.common import markdown_table
+from benchmarks.pretraining_images import CAPTIONS, HELD_OUT_SEED, KINDS, PICTURES_PER_SCENE, scene_pictures
 from madm_utils.cli import UserError
 from madm_utils.files import publish_folder
 from madm_utils.label_spaces import STREET_CLASSES, STREET_PALETTE
@@ -42,15 +35,8 @@ TRAININGS = {
     "unet": ("noise error", "UNet: squared error of noise"),
 }
 """Stage -> the loss that the card plots, and what the plot is called."""
-_SUBJECT = "a street with cars and people"
-CAPTIONS = (
-    *(f"a photograph of {_SUBJECT} {when}" for when in ("by day", "at night", "in the rain", "in fog")),
-    *(f"{how} of {_SUBJECT}" for how in ("a depth map", "an infrared picture", "an event camera picture")),
-    *(f"{how} of {_SUBJECT}" for how in ("an edge drawing", "a pencil sketch")),
-    FLAT_STREET[1].format(_SUBJECT),
-    FLAT_SHAPES[1],
-)
-"""One per kind of picture, in the order of `KINDS`."""
+SUBJECT = "a street with cars and people"
+"""In the captions of the samples."""
 
 
 def measure_and_write(args: argparse.Namespace, device: "torch.device") -> None:
@@ -74,12 +60,13 @@ def measure_and_write(args: argparse.Namespace, device: "torch.device") -> None:
             name: sum(p.numel() for p in getattr(pipeline, name).parameters())
             for name in ("vae", "unet", "text_encoder")
         }
-        clock = "cpu_seconds" if device.type == "cpu" else "seconds"
-        seconds = {name: _progress(out, name)[clock] for name in TRAININGS}
         measured = {
-            "machine": machine(), "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
-            "safetensors_mb": size / 1e6, "parameters": parameters, "training_seconds": seconds,
-            "clock": "CPU hours" if device.type == "cpu" else "hours",
+            "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
+            "safetensors_mb": size / 1e6, "parameters": parameters,
+            "trainings": {
+                name: {key: _progress(out, name)[key] for key in ("seconds", "cpu_seconds", "device", "machine")}
+                for name in TRAININGS
+            },
             "psnr_db": errors, "palette": palette,
             "num_samples": args.num_samples, "sampling_steps": args.sampling_steps, "num_held_out": args.num_held_out,
             "final_losses": {name: _progress(out, name)["log"][-1] for name in TRAININGS},
@@ -88,7 +75,8 @@ def measure_and_write(args: argparse.Namespace, device: "torch.device") -> None:
         (folder / "README.md").write_text(card_text(measured), encoding="utf-8")
 
     publish_folder(out / "card", write)
-    for path in (out / "card").iterdir():
+    # The card last: with it the stage is done.
+    for path in sorted((out / "card").iterdir(), key=lambda path: path.name == "README.md"):
         shutil.copy(path, out / "model")
 
 
@@ -149,13 +137,14 @@ def sample_grid(pipeline: "StableDiffusionPipeline", num_samples: int, sampling_
 
     pipeline.set_progress_bar_config(disable=True)
     rows = []
-    for caption in tqdm(CAPTIONS, desc="samples", unit="caption"):
+    captions = [caption.format(SUBJECT) for caption in CAPTIONS.values()]
+    for caption in tqdm(captions, desc="samples", unit="caption"):
         drawn = pipeline(
             caption, num_images_per_prompt=num_samples, guidance_scale=GUIDANCE, num_inference_steps=sampling_steps,
             generator=torch.Generator().manual_seed(0), output_type="np",
         ).images  # fmt: skip
         rows.append(list((drawn * 255).round().astype(np.uint8)))
-    return picture_grid(rows, row_captions=list(CAPTIONS))
+    return picture_grid(rows, row_captions=captions)
 
 
 def plot_losses(out: Path, path: Path) -> None:
@@ -173,6 +162,12 @@ def plot_losses(out: Path, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
+def _hours(training: dict) -> str:
+    """What a training took. A CPU was shared with other work, so its own time counts, not the clock's."""
+    on_cpu = training["device"] == "cpu"
+    return f"{training['cpu_seconds' if on_cpu else 'seconds'] / 3600:.1f} {'CPU hours' if on_cpu else 'hours'}"
+
+
 def card_text(measured: dict) -> str:
     """The model card, from `small_diffusion_card.md`."""
     import jinja2
@@ -181,9 +176,8 @@ def card_text(measured: dict) -> str:
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
         **measured,
-        hours={
-            name: f"{seconds / 3600:.1f} {measured['clock']}" for name, seconds in measured["training_seconds"].items()
-        },
+        hours={name: _hours(training) for name, training in measured["trainings"].items()},
+        machines=", ".join(sorted({training["machine"] for training in measured["trainings"].values()})),
         pictures=measured["settings"]["num_scenes"] * PICTURES_PER_SCENE,
         guidance=GUIDANCE,
         palette_goal=PALETTE_GOAL,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from benchmarks.ablation import RESULTS_LOCK, ROWS, random_base
+from benchmarks.ablation import RESULTS_LOCK, ROWS, random_base, validation_curve
 from madm_utils.small_model import build_small_stable_diffusion
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,8 @@ def test_results(done):
     found, folder = record(done), done / "results/infrared/supervised/seed-3"
     scores = json.loads((folder / "test/metrics.json").read_text())
     assert found["miou"] == scores["miou"] and len(found["iou"]) == 9
-    assert found["settings"]["steps"] == 2 and found["seed"] == 3 and found["train_cpu_seconds"] > 0
+    assert found["settings"]["steps"] == 2 and found["seed"] == 3
+    assert found["train_cpu_seconds"] > 0 and found["starts"] == 1 and [step for step, _ in found["curve"]] == [2]
     assert (folder / "training/validation/step-2.png").is_file()
     assert json.loads((folder / "training/run.json").read_text())["task"]["source"] == "synthetic_infrared"
 
@@ -59,19 +60,32 @@ def test_random_base_differs_in_the_unet_alone(done, tmp_path):
 
 
 def test_what_is_done_is_kept(done):
-    before = record(done)
+    """A result, and a training where only its evaluation is missing."""
+    before, folder = record(done), done / "results/infrared/supervised/seed-3"
     again = call(done, "--rows", "supervised", "--seeds", 3)
     assert again.returncode == 0 and f"{before['miou']:.2f}" in again.stdout
     assert record(done) == before
+    (folder / "result-test.json").unlink()
+    assert call(done, "--rows", "supervised", "--seeds", 3).returncode == 0
+    assert record(done) == before and (folder / "log.txt").read_text().count("train_madm.py") == 1
+
+
+def test_curve_of_an_interrupted_training(tmp_path):
+    """One validation twice, lines of losses between."""
+    lines = [{"step": 10, "source_loss": 1.0}]
+    lines += [{"step": step, "validation": {"miou": miou}} for step, miou in ((20, 3.0), (40, 5.0), (40, 6.0))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert validation_curve(tmp_path / "log.jsonl") == [(20, 3.0), (40, 6.0)]
 
 
 def test_errors(done, tmp_path):
     other = call(done, "--rows", "supervised", "--num_train", 4)
     assert other.returncode == 2 and "holds data made with" in other.stderr
     changed = call(done, "--rows", "supervised", "--seeds", 3, "--max_train_steps", 3)
-    assert changed.returncode == 1 and "steps: 2 -> 3" in changed.stderr and "other settings" in changed.stderr
-    own = call(done, "--rows", "supervised", "--flags", "--max_train_steps 9")
-    assert own.returncode == 2 and "--flags holds --max_train_steps" in own.stderr
+    assert changed.returncode == 2 and "steps: 2 -> 3" in changed.stderr and "other settings" in changed.stderr
+    assert "mIoU" not in changed.stdout
+    own = call(done, "--rows", "supervised", "--flags=--max_train_steps=9 --source_only")
+    assert own.returncode == 2 and "--flags holds --max_train_steps, --source_only" in own.stderr
     missing = call(done, "--base_model", tmp_path)
     assert missing.returncode == 2 and "holds no model" in missing.stderr
     with FileLock(done / "results" / RESULTS_LOCK):

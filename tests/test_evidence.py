@@ -1,6 +1,7 @@
 """Tables and verdicts of docs/evidence.md from result files with numbers that can be computed by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,14 @@ def write(folder: Path, modality: str, row: str, seed: int, miou: float, **chang
     (place / "training/validation").mkdir(parents=True)
     record = {
         "modality": modality, "row": row, "seed": seed, "split": "test",
-        "settings": {"steps": 100, "flags": ["--rank", "4"], "more_flags": [], "num_train": 9, "num_eval": 9,
+        "settings": {"steps": 100, "flags": ["--rank", "4", "--dplg_end_step", "50" if modality == "depth" else "80"],
+                     "row_flags": list(ROWS[row].flags), "more_flags": [], "num_train": 9, "num_eval": 9,
                      "base_model": "abc", "scenes": "def"},
-        "miou": miou, "iou": {"sky": 90.0 + seed, "a|b": None}, "train_seconds": 120.0, "train_cpu_seconds": 60.0,
-        "resumed": False, "parallel": 2, "num_threads": 1, "machine": "a machine", "date": f"2026-01-0{seed + 1}",
+        "miou": miou, "iou": {"sky": 90.0 + seed, "a|b": None}, "curve": [(50, miou - 2), (100, miou - 1)],
+        "starts": 1, "train_seconds": 120.0, "train_cpu_seconds": 60.0, "parallel": 2,
+        "num_threads": 1, "machine": "a machine", "date": f"2026-01-0{seed + 1}",
     }  # fmt: skip
     (place / "result-test.json").write_text(json.dumps(record | changes))
-    log = [{"step": step, "name": "", "validation": {"miou": miou - 100 / step}} for step in (50, 100)]
-    (place / "training/training_log.jsonl").write_text("\n".join(map(json.dumps, log)))
     for step in (50, 100):
         Image.new("RGB", (4, 4), (step, 0, 0)).save(place / f"training/validation/step-{step}.png")
 
@@ -68,6 +69,7 @@ def test_tables(results, tmp_path):
     assert "LoRA within 2 of full tuning on each | -2.50, -2.50, -2.50 | **missed** |" in text
     assert "at least 60 mIoU on each | +62.00, +62.00, +62.00 | met |" in text
     assert "| sky | 91 |" in text and "| MADM with LoRA | 100 | 2.0 | 1.0 |" in text
+    assert "    --rank 4\n" in text
     assert "72 trainings, a machine, 2026-01-01 to 2026-01-03" in text
     assert Image.open(tmp_path / "docs/images/evidence_curves.png").width > 500
     late = tmp_path / "docs/images/evidence_depth_dplg_late.png"
@@ -91,14 +93,18 @@ def test_two_seeds_are_too_few_for_a_verdict(results, tmp_path):
     assert "at least 60 mIoU on each | -, +62.00, +62.00 | not measured |" in text
 
 
-def test_curves_of_interrupted_trainings(results, tmp_path):
-    """One validation twice, one never: the steps that all seeds have are drawn."""
-    log = results / "depth/madm/seed-0/training/training_log.jsonl"
-    log.write_text(log.read_text() + "\n" + log.read_text().splitlines()[-1])
-    other = results / "depth/madm/seed-1/training/training_log.jsonl"
-    other.write_text(other.read_text().splitlines()[0])
-    assert evidence.validation_curve(log.parents[1]) == {50: 42.0, 100: 43.0}
-    text_of(results, tmp_path)
+def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
+    """Tables and curves need the records alone; a cost that is not of one go is not in the mean."""
+    shutil.rmtree(results / "depth/dplg/seed-0/training")
+    for seed in range(3):
+        shutil.rmtree(results / f"depth/self-training/seed-{seed}/training")
+    for modality in MODALITIES:
+        path = results / modality / "madm/seed-0/result-test.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"starts": 2, "train_seconds": 9e9, "curve": record["curve"][:1]}))
+    text = text_of(results, tmp_path)
+    assert f"| {ROWS['madm'].title} | 100 | 2.0 | 1.0 |" in text
+    assert "evidence_depth_dplg_late.png" in text and "evidence_depth_self-training" not in text
 
 
 def test_gain_is_of_shared_seeds(tmp_path):
@@ -118,4 +124,13 @@ def test_errors(tmp_path):
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"settings": record["settings"] | {"steps": 7}}))
     with pytest.raises(UserError, match="differ in steps: 100 and 7"):
+        evidence.load(tmp_path)
+    other = record["settings"] | {"flags": ["--rank", "5", "--dplg_end_step", "50"]}
+    path.write_text(json.dumps(record | {"settings": other}))
+    with pytest.raises(UserError, match="differ in flags: .'--rank', '4'. and .'--rank', '5'."):
+        evidence.load(tmp_path)
+    path.write_text(json.dumps(record | {"settings": record["settings"] | {"row_flags": ["--ema_decay", "0.9"]}}))
+    with pytest.raises(
+        UserError, match="seed-1 was trained with the row's flags .'--ema_decay', '0.9'., which now are"
+    ):
         evidence.load(tmp_path)
