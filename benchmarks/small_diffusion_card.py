@@ -32,7 +32,7 @@ PALETTE_GOAL = 97.0
 TRAININGS = {
     "vae": ("error", "VAE: mean absolute error, in [-1, 1]"),
     "decoder": ("error", "decoder: mean absolute error"),
-    "unet": ("noise error", "UNet: squared error of noise"),
+    "unet": ("weighted noise error", "UNet: weighted squared error of noise"),
 }
 """Stage -> the loss that the card plots, and what the plot is called."""
 SUBJECT = "a street with cars and people"

@@ -30,6 +30,8 @@ def build_small_stable_diffusion(
     prompt_dim: int = 32,
     attention_heads: int | Sequence[int] = 4,
     norm_groups: int = 8,
+    unet_layers: int = 2,
+    attention_levels: Sequence[int] = (0, 1, 2),
     text_layers: int = 1,
     captions: Sequence[str] = (),
     seed: int = 0,
@@ -43,6 +45,8 @@ def build_small_stable_diffusion(
         prompt_dim: width of the text embedding.
         attention_heads: heads (SD 1.x: 8), of each level where they differ.
         norm_groups: GroupNorm groups of UNet and VAE.
+        unet_layers: `layers_per_block` of the UNet.
+        attention_levels: of the UNet, 0 being the finest, that have attention (SD 1.x: all but the coarsest).
         text_layers: of the text encoder.
         captions: the tokenizer gets tokens for their words; without any it spells everything.
         seed: of the weights.
@@ -54,6 +58,7 @@ def build_small_stable_diffusion(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         levels = len(vae_channels)
+        kinds = ["CrossAttn" if level in attention_levels else "" for level in range(len(unet_channels))]
         AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * levels,
             up_block_types=["UpDecoderBlock2D"] * levels,
@@ -68,6 +73,9 @@ def build_small_stable_diffusion(
             cross_attention_dim=prompt_dim,
             attention_head_dim=attention_heads,
             norm_num_groups=norm_groups,
+            layers_per_block=unet_layers,
+            down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
         ).save_pretrained(folder / "unet")
         _save_text_parts(folder, prompt_dim, text_layers, captions)
     DDPMScheduler(
