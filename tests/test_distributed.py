@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from madm_utils.pseudo_labels import confident_fraction, palette_table
 from madm_utils.tasks import TASKS
 from madm_utils.train_args import parse_train_args, train_parser
 
-LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 LOSSES = ("source_loss", "lplr_source_loss", "target_loss", "lplr_target_loss")
 LOGGED = (*LOSSES, "pseudo_label_weight", "gradient_norm")
 
@@ -137,9 +135,7 @@ def test_two_processes_follow_one_with_the_whole_batch(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_madm.main(train_flags(data, one, *flags, "--train_batch_size", 2))
     more = ("--train_batch_size", 1, "--checkpointing_steps", 10)
-    script(
-        "tests/two_processes.py", tmp_path / "report.json", *train_flags(data, two, *flags, *more), launcher=LAUNCHER
-    )
+    script("tests/two_processes.py", tmp_path / "report.json", *train_flags(data, two, *flags, *more), processes=2)
 
     expected, found = curves(one), curves(two)
     difference = {name: np.abs(found[name] / expected[name] - 1) for name in expected}

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import pretrain_small_diffusion as pretraining
 from benchmarks.pretraining_images import FIRST_SEED, KINDS, PICTURES_PER_SCENE, scene_pictures
+from madm_utils.cli import UserError
 from madm_utils.scenes import INDEX_BITS, MODALITIES, SEED_BITS, SPLITS, scene_seed
 
 SCRIPT = Path(pretraining.__file__)
@@ -98,12 +99,11 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     assert logs[0][-1]["step"] == logs[1][-1]["step"] == 10
 
 
-def call(folder: Path, *flags: object) -> subprocess.CompletedProcess:
+def flags_of(folder: Path, *flags: str) -> list[str]:
     small = ("--num_scenes", 2, "--vae_steps", 3, "--vae_batch_size", 2, "--unet_steps", 3, "--unet_batch_size", 2)
     small += ("--decoder_steps", 3, "--decoder_batch_size", 2, "--num_held_out", 12, "--num_samples", 1)
     small += ("--sampling_steps", 1, "--num_proc", 1, "--output_dir", folder)
-    command = [sys.executable, SCRIPT, *map(str, small + flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    return [str(flag) for flag in (*small, *flags)]
 
 
 def test_script(tmp_path):
@@ -113,9 +113,10 @@ def test_script(tmp_path):
     from madm_utils.tasks import TASKS
 
     out = tmp_path / "out"
-    early = call(out, "--stages", "vae")
-    assert early.returncode == 2 and "stage vae needs the result of images" in early.stderr
-    done = call(out)
+    with pytest.raises(UserError, match="stage vae needs the result of images"):
+        pretraining.main(flags_of(out, "--stages", "vae"))
+    assert not out.exists()
+    done = subprocess.run([sys.executable, SCRIPT, *flags_of(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = MADMModel.from_base(
         BaseModelReference(str(out / "model")), TASKS["synthetic_to_depth"], 128, "full",
@@ -130,5 +131,5 @@ def test_script(tmp_path):
     assert all((out / "model" / picture).stat().st_size for picture in ("samples.png", "losses.png"))
     with safe_open(out / "model/unet/diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
-    other = call(out, "--vae_steps", 4)
-    assert other.returncode == 2 and "was begun with --vae_steps 3" in other.stderr
+    with pytest.raises(UserError, match="was begun with --vae_steps 3"):
+        pretraining.main(flags_of(out, "--vae_steps", "4"))

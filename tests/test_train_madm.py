@@ -223,12 +223,9 @@ def test_own_task_with_accumulation_8bit_and_bf16(data, tmp_path):
 def test_two_processes(flags, data, tmp_path):
     """Two gloo processes train one model: equal parameters and teachers, statistics of their own, every gradient
     reduced once per step, and one of them writes."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     more = ("--checkpointing_steps", 1, *flags)
-    done = script(
-        "tests/two_processes.py", tmp_path / "report.json", *train_flags(data, tmp_path / "out", *more),
-        launcher=launcher,
-    )  # fmt: skip
+    flags = train_flags(data, tmp_path / "out", *more)
+    done = script("tests/two_processes.py", tmp_path / "report.json", *flags, processes=2)
     assert "2 x cpu" in done.stdout and done.stdout.count("trained model") == 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["parameters"] == report["teacher"] == 0.0
