@@ -75,7 +75,7 @@ def call(title: str, *commands: Sequence[object], logs: Sequence[Path] = ()) -> 
         print(f"$ {lines[-1]}" + (f" > {log}" if log else ""), flush=True)
         # One thread each: several would wait for one another wherever something else runs on the cores, for longer
         # than they compute. It also makes the numbers independent of the number of cores.
-        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         output = log.open("w", encoding="utf-8") if log else None
         arguments = [sys.executable, str(ROOT / script), *arguments]
         running.append((subprocess.Popen(arguments, env=environment, stdout=output, stderr=output), script, log))
