@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, machine, run_script
+from benchmarks.common import ROOT, machine, run_script, stop_scripts_on_sigterm
 from madm_utils.args import formatter, non_negative_int, positive_int
 from madm_utils.args import seed as seed_number
 from madm_utils.cli import UserError, quiet_libraries, run
@@ -288,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and print the means; 1 where a row failed, after all others."""
     args = parse_args(argv)
     quiet_libraries()
+    stop_scripts_on_sigterm()
     import filelock
 
     for name in ("data_dir", "output_dir", "base_model"):

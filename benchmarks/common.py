@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -246,6 +247,21 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
+_running: set[subprocess.Popen] = set()
+"""Processes of `run_script` that have not ended."""
+
+
+def stop_scripts_on_sigterm() -> None:
+    """From now on SIGTERM, which unlike Ctrl-C reaches one process alone, goes on to every script that runs."""
+
+    def stop(signum: int, frame: object) -> None:
+        for process in list(_running):
+            process.terminate()
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def run_script(log: Path, *command: object, threads: int = 1) -> float:
     """Run a Python script from the root of the repository, its output appended to `log`; returns its CPU seconds.
 
@@ -258,8 +274,10 @@ def run_script(log: Path, *command: object, threads: int = 1) -> float:
         output.write(f"$ {shlex.join(arguments)}\n")
         output.flush()
         process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=ROOT)
+        _running.add(process)
         # Not process.wait(): of a child that has been waited for, the system no longer tells the CPU time.
         _, status, usage = os.wait4(process.pid, 0)
+    _running.discard(process)
     code = process.returncode = os.waitstatus_to_exitcode(status)
     if code:
         raise UserError(f"{Path(command[0]).name} ended with exit code {code}; see the end of {log}")

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation import MODALITIES, ROWS
+from benchmarks.ablation import ASSET, MODALITIES, ROWS, base_digest
 from benchmarks.common import ROOT, markdown_table
 from madm_utils.args import formatter
 from madm_utils.cli import UserError, quiet_libraries, run
@@ -235,6 +235,7 @@ def document(results: Results, pictures: str) -> str:
     dates = sorted({record["date"] for record in everything})
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
+        base_model=base_model_name(settings["base_model"]),
         main_table=main_table(results),
         goals=goals(results),
         class_tables={m: class_table(results, m) for m in MODALITIES if _has(results, m)},
@@ -248,6 +249,13 @@ def document(results: Results, pictures: str) -> str:
         parallel=everything[0]["parallel"],
         threads=everything[0]["num_threads"],
     )
+
+
+def base_model_name(digest: str) -> str:
+    """The pre-trained model in words: the one in the repository, or another."""
+    if digest == base_digest(ASSET):
+        return f"the small pre-trained model `{ASSET.relative_to(ROOT)}`"
+    return f"a pre-trained model that is not in the repository (digest of its weights: {digest})"
 
 
 def _has(results: Results, modality: str) -> bool:

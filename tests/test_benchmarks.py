@@ -1,6 +1,10 @@
 """What the benchmarks measure with: operations by hand, processes asked in turns, rows, verdicts."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +128,31 @@ def test_calls_that_are_timed(side):
         bench_inference.make_prediction(bench_inference.Row("tiny", 64, 2, "fp32"), side, accelerator)()
     finally:
         AcceleratorState._reset_state(True)
+
+
+def test_sigterm_goes_on_to_the_script(tmp_path):
+    """And the caller ends with the signal's exit code."""
+    script, ready, stopped = (tmp_path / name for name in ("script.py", "ready", "stopped"))
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path({str(stopped)!r}).touch()))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(600)"
+    )
+    caller = (
+        "import sys; from pathlib import Path; from benchmarks.common import run_script, stop_scripts_on_sigterm; "
+        "stop_scripts_on_sigterm(); run_script(Path(sys.argv[1]), sys.argv[2])"
+    )
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", caller, tmp_path / "log.txt", script], cwd=root)
+    wait_for(ready)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    wait_for(stopped)
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -57,6 +57,7 @@ def text_of(results: Path, out: Path) -> str:
 
 def test_tables(results, tmp_path):
     text = text_of(results, tmp_path)
+    assert "a pre-trained model that is not in the repository (digest of its weights: abc)" in text
     cell = "31.0 ± 1.0"
     assert f"| source only | {cell} | {cell} | {cell} | 31.0 |" in text
     assert "at least 8 on each | +14.00, +14.00, +14.00 | met |" in text
