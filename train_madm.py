@@ -462,6 +462,7 @@ def build_model(args: Namespace, task: Task, shared: MADMModel | None, accelerat
         unet_tuning=args.unet_tuning,
         rank=args.rank,
         lora_alpha=args.lora_alpha,
+        lora_layers=args.lora_layers,
         train_unet_output_layers=args.train_unet_output_layers,
         noise_in_latent_dtype=args.noise_in_latent_dtype,
         frozen_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),

@@ -269,6 +269,8 @@ def _shown_settings(record: Mapping[str, Any], task: Task) -> list[tuple[str, st
     pairs = s["train_batch_size"] * s["gradient_accumulation_steps"] * record["num_processes"]
     low, high = s["dplg_timestep"][0], s["dplg_timestep"][-1]
     tuning = f"LoRA, rank {s['rank']}, alpha {s['lora_alpha'] or s['rank']}" if s["unet_tuning"] == "lora" else "full"
+    if s["unet_tuning"] == "lora" and s.get("lora_layers"):
+        tuning += f", on {', '.join(s['lora_layers'])}"
     rows = {
         "UNet tuning": tuning,
         "steps": s["max_train_steps"],

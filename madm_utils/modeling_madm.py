@@ -16,6 +16,7 @@ A run over several modalities has one such folder per modality; `load_adapters` 
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ class MADMModel(nn.Module):
         unet_tuning: str = "lora",
         rank: int = 16,
         lora_alpha: int | None = None,
+        lora_layers: Sequence[str] | None = None,
         train_unet_output_layers: bool = False,
         noise_in_latent_dtype: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
@@ -153,6 +155,7 @@ class MADMModel(nn.Module):
             resolution: side of the training crops, a multiple of 64.
             unet_tuning: `lora` adds a LoRA adapter named after the modality to a frozen UNet; `full` trains the UNet.
             rank, lora_alpha: of the LoRA; alpha defaults to the rank.
+            lora_layers: ends of the names of the layers it changes; `LORA_TARGET_MODULES` by default.
             train_unet_output_layers: with `full`, also train `conv_norm_out` and `conv_out`, which the published
                 code freezes by accident.
             noise_in_latent_dtype: see `DiffusionFeatureExtractor`.
@@ -186,18 +189,7 @@ class MADMModel(nn.Module):
         segmenter.empty_text_embedding.copy_(embedding)
         model = cls(extractor, segmenter, task, base, resolution, unet_tuning, vae_decoder)
         if unet_tuning == "lora":
-            from peft import LoraConfig
-
-            unet.add_adapter(
-                LoraConfig(
-                    r=rank,
-                    lora_alpha=lora_alpha or rank,
-                    init_lora_weights="gaussian",
-                    target_modules=list(LORA_TARGET_MODULES),
-                ),
-                adapter_name=task.modality,
-            )
-            unet.set_adapter(task.modality)
+            _add_lora(unet, task.modality, rank, lora_alpha or rank, lora_layers or LORA_TARGET_MODULES)
         model.set_trainable(train_unet_output_layers)
         return model
 
@@ -340,6 +332,30 @@ class MADMModel(nn.Module):
         # The cast has rounded the fixed noise too.
         model.extractor.shared_noise = model.extractor.draw_noise(latent_size, latent_size)
         return model.requires_grad_(False).eval()
+
+
+def _add_lora(unet: UNet2DConditionModel, name: str, rank: int, alpha: int, layers: Sequence[str]) -> None:
+    """Add a new adapter to the layers whose names end so, and make it active.
+
+    Raises:
+        UserError: there is no such layer, or it is of a kind that takes no LoRA.
+    """
+    from peft import LoraConfig
+
+    # Where another adapter is already, the layer itself lies below it.
+    modules = [key.removesuffix(".base_layer") for key, _ in unet.named_modules()]
+    missing = [layer for layer in layers if not any(f".{key}".endswith(f".{layer}") for key in modules)]
+    if missing:
+        raise UserError(
+            f"--lora_layers: no layer of the UNet is called {', '.join(missing)}; "
+            "try to_k,to_q,to_v,to_out.0 (attention) or conv1,conv2 (residual blocks)"
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(layers))
+    try:
+        unet.add_adapter(config, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"--lora_layers {','.join(layers)}: {' '.join(str(error).split())}") from None
+    unet.set_adapter(name)
 
 
 def _load_decoder(name: str | None, vae: AutoencoderKL, shared: tuple[MADMModel, ...]) -> AutoencoderTiny | None:

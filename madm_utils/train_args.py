@@ -41,6 +41,13 @@ def train_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _comma_separated(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got '{text}'")
+    return names
+
+
 def _add_data(group) -> None:
     add_data_arguments(group)
     group.add_argument("--max_train_samples", type=positive_int, help="use N images of each domain, evenly spaced")
@@ -77,6 +84,11 @@ def _add_model(group) -> None:
     )  # fmt: skip
     group.add_argument("--rank", type=positive_int, default=16, help="rank of the LoRA")
     group.add_argument("--lora_alpha", type=positive_int, help="alpha of the LoRA; default: the rank")
+    group.add_argument(
+        "--lora_layers", type=_comma_separated, metavar="NAME,NAME",
+        help="layers of the UNet that the LoRA changes, by the ends of their names;"
+        " default: to_k,to_q,to_v,to_out.0, those of its attention",
+    )  # fmt: skip
     group.add_argument(
         "--train_unet_output_layers", action="store_true",
         help="with --unet_tuning full, also train conv_norm_out and conv_out, which the published code freezes",

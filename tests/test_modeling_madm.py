@@ -130,6 +130,31 @@ def test_what_trains():
     assert targets == set(LORA_TARGET_MODULES)
 
 
+def test_lora_on_other_layers(images, tmp_path):
+    """Convolutions and linear layers, found by the ends of their names; saved, loaded and restored like attention."""
+    layers = ["conv1", "ff.net.2"]
+    model = new_model(TASK, "lora", rank=4, lora_layers=layers).eval()
+    lora = {name.split(".lora_")[0] for name in trainable(model) if ".lora_" in name}
+    assert lora and all(name.endswith((".conv1", ".ff.net.2")) for name in lora)
+    assert {name.rsplit(".", 1)[1] for name in lora} == {"conv1", "2"}
+    randomize_lora(model.unet)
+    model.save_pretrained(tmp_path / "m", model.segmenter)
+    again = new_model(TASK, "lora", rank=4, lora_layers=layers).eval()
+    again.restore(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(MADMModel.from_pretrained(tmp_path / "m")(images).logits, model(images).logits)
+        assert torch.equal(again(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [(["to_k", "to_x"], "no layer of the UNet is called to_x"), (["norm1"], "norm1: .*not supported")],
+)
+def test_layers_that_take_no_lora(layers, message):
+    with pytest.raises(UserError, match=message):
+        new_model(TASK, "lora", lora_layers=layers)
+
+
 def test_trainable_weights_are_float32_beside_a_half_precision_base():
     model = new_model(TASK, "lora", frozen_dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
