@@ -340,6 +340,7 @@ def test_checkpoint_of_another_task(finished_run, data, tmp_path):
     [
         (("--resolution", "100"), "--resolution must be a multiple of 64, got 100"),
         (("--dplg_timestep", "61", "60"), "--dplg_timestep takes T or LOW HIGH"),
+        (("--lora_layers", "to_k,,to_q"), "expected names with commas between them, got 'to_k,,to_q'"),
         (("--dplg_timestep", "2000"), "from 0 to 999, got 2000"),
         (("--lplr_weight", "1", "2", "3"), "--lplr_weight takes one number"),
         (("--projection_channels", "48"), "--projection_channels must be a multiple of 32"),
