@@ -441,7 +441,19 @@ def export(args: argparse.Namespace, accelerator: "Accelerator") -> None:
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32),
     )
     pipeline.to(torch.float16)
-    publish_folder(out / "model", pipeline.save_pretrained)
+
+    def write(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        for path in folder.rglob("*.json"):  # which name the folders on this machine that the parts came from
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Else transformers loads the text encoder in half precision where diffusers loads the rest in single.
+        config = folder / "text_encoder" / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    publish_folder(out / "model", write)
 
 
 def write_card(args: argparse.Namespace, accelerator: "Accelerator") -> None:

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 from benchmarks import pretrain_small_diffusion as pretraining
+from benchmarks.ablation import ASSET
 from benchmarks.pretraining_images import FIRST_SEED, KINDS, PICTURES_PER_SCENE, scene_pictures
+from benchmarks.small_diffusion_card import card_text
 from madm_utils.cli import UserError
 from madm_utils.scenes import INDEX_BITS, MODALITIES, SEED_BITS, SPLITS, scene_seed
 
@@ -129,7 +131,28 @@ def test_script(tmp_path):
     card = (out / "model/README.md").read_text()
     assert f"**{measured['palette']['all']:.2f} %**" in card and "**missed**" in card
     assert all((out / "model" / picture).stat().st_size for picture in ("samples.png", "losses.png"))
+    assert not any(str(tmp_path) in path.read_text() for path in (out / "model").rglob("*.json"))
     with safe_open(out / "model/unet/diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     with pytest.raises(UserError, match="was begun with --vae_steps 3"):
         pretraining.main(flags_of(out, "--vae_steps", "4"))
+
+
+def test_the_model_of_the_repository():
+    """It is what the script makes with its defaults, in its size, and loads like any Stable Diffusion."""
+    from diffusers import StableDiffusionPipeline
+
+    weights = sorted(ASSET.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) <= 20e6 and not list(ASSET.rglob("*.bin"))
+    measured = json.loads((ASSET / "measured.json").read_text())
+    defaults = vars(pretraining.parse_args([]))
+    assert measured["settings"] == {name: defaults[name] for name in pretraining.OF_THE_RESULT}
+    assert (ASSET / "README.md").read_text() == card_text(measured)
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSET)
+    pipeline.set_progress_bar_config(disable=True)
+    caption = "a depth map of a street with cars and people"
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline(caption, num_inference_steps=10, generator=generator, output_type="np").images
+    assert drawn.shape == (1, 128, 128, 3)
+    # Grey, and smooth apart from edges, as no picture of an untrained model is.
+    assert np.ptp(drawn, axis=3).mean() < 0.05 and np.abs(np.diff(drawn, axis=1)).mean() < 0.05 < drawn.std()
