@@ -3,7 +3,7 @@
 
     python benchmarks/bench_startup.py
 
-The demo's time is counted from its start, with the preparation of its data and base model; it is stopped when both
+The demo's time is counted from its start, with the preparation of its data; it is stopped when both
 trainings have made their first step.
 """
 
