@@ -40,9 +40,13 @@ from madm_utils.tasks import TASKS
 
 ASSET = ROOT / "assets" / "street-diffusion-small"
 MODALITIES = ("depth", "infrared", "event")
-TRAINING = (
+SMALL_NETWORK = (
     "--unet_tuning", "full", "--projection_channels", "64", "--bottleneck_channels", "32", "--head_channels", "48",
-    "--head_resolution", "2", "--train_batch_size", "2", "--dataloader_num_workers", "0", "--report_to", "none",
+    "--head_resolution", "2",
+)  # fmt: skip
+"""Flags for a network that is as small as the base model."""
+TRAINING = (
+    *SMALL_NETWORK, "--train_batch_size", "2", "--dataloader_num_workers", "0", "--report_to", "none",
     "--checkpoints_total_limit", "1",
 )  # fmt: skip
 """Flags of every row; the rest are the defaults of the synthetic tasks."""

@@ -3,8 +3,8 @@
     make demo
 
 Every part is a call of the real scripts. The base model is the small Stable Diffusion in `assets/`, pre-trained on
-procedural pictures without labels; the data are procedural streets, other ones. docs/evidence.md holds what longer
-trainings of it bring, with several seeds; the numbers printed here at the end are what this run measured.
+procedural pictures without labels; the data are procedural streets, other ones. docs/experiments.md tells what else
+was trained from it; the numbers printed here at the end are what this run measured.
 
 The trainings run side by side, one core each. Everything lies under outputs/demo and replaces earlier results:
 
@@ -29,17 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.ablation import ASSET, SMALL_NETWORK
 from madm_utils import cli
 from madm_utils.tasks import TASKS, load_task
 from recipes.demo_page import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PICTURES = 5
-BASE_MODEL = ROOT / "assets" / "street-diffusion-small"
-SMALL_NETWORK = (
-    "--unet_tuning", "full", "--projection_channels", "64", "--bottleneck_channels", "32", "--head_channels", "48",
-    "--head_resolution", "2",
-)  # fmt: skip
 # The task's own threshold suits longer runs; in a short one few pixels would reach that confidence.
 OPTIMISATION = ("--pseudo_label_threshold", "0.8")
 
@@ -140,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     train = (
         "train_madm.py", "--task", args.task, "--data_dir", data,
-        "--pretrained_model_name_or_path", os.path.relpath(BASE_MODEL), *SMALL_NETWORK, *OPTIMISATION,
+        "--pretrained_model_name_or_path", os.path.relpath(ASSET), *SMALL_NETWORK, *OPTIMISATION,
         "--max_train_steps", args.steps, "--train_batch_size", args.batch_size, "--dplg_end_step", args.steps // 2,
         "--validation_steps", max(1, args.steps // 4), "--dataloader_num_workers", 0, "--seed", args.seed,
         "--output_dir",
