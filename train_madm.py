@@ -397,7 +397,9 @@ def build_run(
         teacher.train(args.teacher_mode == "train")
 
     # Named before `prepare`, which may change `requires_grad`, wrap the module, or put shards in place of parameters.
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.head_lr_multiplier)
+    groups = parameter_groups(
+        model, args.learning_rate, args.weight_decay, args.head_lr_multiplier, args.lora_lr_multiplier
+    )
     optimizer = build_adamw(groups, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.use_8bit_adam)
     scheduler = lr_scheduler(args.lr_scheduler, optimizer, args.max_train_steps, args.lr_warmup_steps)
     base = base_fingerprint(model.extractor.vae, model.unet, model.extractor.scheduler)

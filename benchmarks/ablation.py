@@ -46,7 +46,7 @@ SMALL_NETWORK = (
 )  # fmt: skip
 """Flags for a network that is as small as the base model."""
 TRAINING = (
-    *SMALL_NETWORK, "--train_batch_size", "2", "--dataloader_num_workers", "0", "--report_to", "none",
+    *SMALL_NETWORK, "--train_batch_size", "1", "--dataloader_num_workers", "0", "--report_to", "none",
     "--checkpoints_total_limit", "1",
 )  # fmt: skip
 """Flags of every row; the rest are the defaults of the synthetic tasks."""
@@ -204,6 +204,7 @@ def settings_of(args: argparse.Namespace, modality: str, name: str) -> dict:
     flags += ["--dplg_end_step", str(round(own["dplg_end_step"] * steps / own["max_train_steps"]))]
     return {
         "steps": steps, "flags": flags, "more_flags": args.flags, "row_flags": list(ROWS[name].flags),
+        "hyperparameters": json.loads(json.dumps(own)),  # as it comes back from a file
         "num_train": args.num_train, "num_eval": args.num_eval, "validations": args.validations,
         "base_model": base_digest(args.base_model), "scenes": scenes_digest(),
     }  # fmt: skip
@@ -255,7 +256,8 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
     evaluation = folder / args.split
     run_script(
         log, "eval_madm.py", "--model_path", training, "--data_dir", data, "--split", args.split,
-        "--batch_size", 4, "--num_pictures", 0, "--output_dir", evaluation, threads=args.num_threads,
+        "--num_pictures", 0, "--num_cpu_threads", args.num_threads, "--output_dir", evaluation,
+        threads=args.num_threads,
     )  # fmt: skip
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     record = {

@@ -107,11 +107,12 @@ def build_model(
 
 
 def training_settings(model: "MADMModel", *flags: str) -> Namespace:
-    """The settings of `train_madm.py` for this model's task, with `flags`."""
+    """The settings of `train_madm.py` for this model's task, with pseudo labels weighted as published, and `flags`."""
     from madm_utils.train_args import parse_train_args, train_parser
 
     required = ["--data_dir", "-", "--output_dir", "-", "--pretrained_model_name_or_path", "-"]
-    argv = ["--task", model.task.name, "--unet_tuning", model.unet_tuning, *required, *flags]
+    published = ["--pseudo_label_weight", "batch", "--lplr_mask", "pseudo"]
+    argv = ["--task", model.task.name, "--unet_tuning", model.unet_tuning, *required, *published, *flags]
     [(args, _)] = parse_train_args(train_parser(""), argv)
     return args
 

@@ -271,11 +271,15 @@ def _shown_settings(record: Mapping[str, Any], task: Task) -> list[tuple[str, st
     tuning = f"LoRA, rank {s['rank']}, alpha {s['lora_alpha'] or s['rank']}" if s["unet_tuning"] == "lora" else "full"
     if s["unet_tuning"] == "lora" and s.get("lora_layers"):
         tuning += f", on {', '.join(s['lora_layers'])}"
+    multipliers = {"head": s.get("head_lr_multiplier", 1)}
+    if s["unet_tuning"] == "lora":
+        multipliers["LoRA"] = s.get("lora_lr_multiplier", 1)
+    other_rates = "".join(f", x{factor:g} for the {part}" for part, factor in multipliers.items() if factor != 1)
     rows = {
         "UNet tuning": tuning,
         "steps": s["max_train_steps"],
         "images per step": f"{pairs} pairs of {s['resolution']} x {s['resolution']} pixels",
-        "learning rate": f"{s['learning_rate']}, {s['lr_scheduler']}",
+        "learning rate": f"{s['learning_rate']}{other_rates}, {s['lr_scheduler']}",
         "precision": record["mixed_precision"],
         "adaptation": "none (source only)",
     }

@@ -13,13 +13,17 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, head_lr_multiplier: float = 1.0
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    head_lr_multiplier: float = 1.0,
+    lora_lr_multiplier: float = 1.0,
 ) -> list[dict]:
     """AdamW groups over the trainable parameters of `model`.
 
     Parameters of normalisation layers and every parameter named `bias` are not decayed; learned prompts and gates
-    are. Parameters below `segmenter` take `learning_rate * head_lr_multiplier`. Within a group the order is that of
-    `named_parameters`; a group also carries `names`.
+    are. Parameters below `segmenter` take `learning_rate * head_lr_multiplier`, those of a LoRA `learning_rate *
+    lora_lr_multiplier`. Within a group the order is that of `named_parameters`; a group also carries `names`.
     """
     no_decay = {
         f"{prefix}.{name}".lstrip(".")
@@ -32,7 +36,11 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         decay = 0.0 if name in no_decay or name.rsplit(".", 1)[-1] == "bias" else weight_decay
-        lr = learning_rate * (head_lr_multiplier if name.startswith("segmenter.") else 1.0)
+        lr = learning_rate
+        if name.startswith("segmenter."):
+            lr *= head_lr_multiplier
+        elif ".lora_" in name:  # peft's lora_A and lora_B
+            lr *= lora_lr_multiplier
         group = groups.setdefault((lr, decay), {"params": [], "names": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -239,10 +239,10 @@ def _sample_cars(rng: np.random.Generator, street: Street) -> list[SceneObject]:
 
 def _sample_people(rng: np.random.Generator, street: Street) -> list[SceneObject]:
     people: list[SceneObject] = []
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(4, 10)):
         side = int(rng.choice(SIDES))
         x = rng.uniform(*sorted((street.edge(side) + side * 0.3, street.walk(side) - side * 0.4)))
-        people.append(Person.sample(rng, _place(rng, x, 14), x))
+        people.append(Person.sample(rng, _place(rng, x, 8), x))
     if street.crossing < SKY_DEPTH:
         for _ in range(rng.integers(0, 3)):
             z = street.crossing + rng.uniform(-1.2, 1.2)
@@ -258,11 +258,11 @@ def _sample_furniture(rng: np.random.Generator, street: Street) -> list[SceneObj
             x = edge + side * 0.4
             arm = -side * rng.uniform(0.9, 1.9) if rng.random() < 0.7 else 0.0
             grey = np.full(3, rng.uniform(0.3, 0.6)) * rng.uniform(0.95, 1.05, 3)
-            items.append(Pole(_place(rng, x, 20), x, rng.uniform(4.2, 6.5), rng.uniform(0.1, 0.17), arm, grey))
+            items.append(Pole(_place(rng, x, 20), x, rng.uniform(4.2, 6.5), rng.uniform(0.14, 0.22), arm, grey))
         for _ in range(rng.integers(1, 3)):
             x = edge + side * rng.uniform(0.4, 1.0)
             kind = str(rng.choice(list(SIGN_FACES)))
-            items.append(Sign(_place(rng, x, 10), x, rng.uniform(2.1, 2.9), rng.uniform(0.75, 1.05), kind))
+            items.append(Sign(_place(rng, x, 8), x, rng.uniform(2.2, 3.0), rng.uniform(1.0, 1.5), kind))
         for _ in range(rng.integers(0, 3)):
             x = street.walk(side) - side * 0.5
             items.append(Tree.sample(rng, _place(rng, x, 30), x))

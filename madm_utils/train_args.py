@@ -111,10 +111,14 @@ def _add_training(group) -> None:
     group.add_argument("--train_batch_size", type=positive_int, default=1, help="image pairs per process and pass")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="passes per step")
     group.add_argument("--max_train_steps", type=positive_int, default=10000, help="optimiser steps")
-    group.add_argument("--learning_rate", type=positive_float, default=5e-6, help="peak, of all parameters")
+    group.add_argument("--learning_rate", type=positive_float, default=5e-6, help="peak, see the multipliers")
     group.add_argument(
         "--head_lr_multiplier", type=positive_float, default=1.0,
-        help="learning rate of conditioning, projections and head relative to the UNet's; published: 1",
+        help="learning rate of conditioning, projections and head relative to --learning_rate; published: 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora_lr_multiplier", type=positive_float, default=10.0,
+        help="learning rate of the LoRA relative to --learning_rate, which is one for the whole UNet",
     )  # fmt: skip
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULERS, default="multistep",

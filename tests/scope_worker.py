@@ -88,6 +88,7 @@ def adaptation_gradient(scope: BatchScope) -> Tensor:
         "--task synthetic_to_depth --data_dir - --output_dir - --pretrained_model_name_or_path - --unet_tuning full"
     )
     method = "--loss_average valid --pseudo_label_threshold 0.2 --color_jitter_probability 1 --blur_probability 1"
+    method += " --pseudo_label_weight batch --lplr_mask pseudo"
     ((args, task),) = parse_train_args(train_parser(""), [*flags.split(), *method.split()])
     torch.manual_seed(0)
     model = new_model(task, "full").double().train()

@@ -130,8 +130,10 @@ def test_two_processes_follow_one_with_the_whole_batch(data, tmp_path):
     draws pictures, five images are scored by two), and the second rank writes nothing."""
     # 0.2 is a threshold that a part of an untrained teacher's pixels reaches. At this learning rate the training
     # changes every loss by 1e-3 to 1e-2 within the 20 steps, so a wrong update would show.
-    flags = ("--sync_batch_statistics", "--pseudo_label_threshold", 0.2, "--learning_rate", 1e-5, "--lr_scheduler",
-             "constant", "--max_train_steps", 20, "--validation_steps", 10, "--validate_on", "test")  # fmt: skip
+    flags = ("--sync_batch_statistics", "--pseudo_label_threshold", 0.2, "--pseudo_label_weight", "batch",
+             "--lplr_mask", "pseudo", "--learning_rate", 1e-5, "--head_lr_multiplier", 1, "--lora_lr_multiplier", 1,
+             "--lr_scheduler", "constant", "--max_train_steps", 20, "--validation_steps", 10, "--validate_on",
+             "test")  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     train_madm.main(train_flags(data, one, *flags, "--train_batch_size", 2))
     more = ("--train_batch_size", 1, "--checkpointing_steps", 10)
@@ -162,7 +164,7 @@ def student():
     return new_model(TASKS["synthetic_to_depth"], "lora").double().train()
 
 
-METHOD = {"class_mix_scope": "image", "pseudo_label_weight": "image"}
+METHOD = {"class_mix_scope": "image", "pseudo_label_weight": "image", "lplr_mask": "pseudo"}
 
 
 @pytest.mark.parametrize(

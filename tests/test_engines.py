@@ -86,7 +86,8 @@ def test_dry_run_of_two_machines(data, tmp_path):
 def real_flags(data: Path, out: Path, *more) -> list[str]:
     """Two steps of full fine-tuning, two passes each, at the published learning rate."""
     steps = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2)
-    settings = ("--unet_tuning", "full", "--learning_rate", "5e-6", "--mixed_precision", "no", "--report_to", "none")
+    settings = ("--unet_tuning", "full", "--learning_rate", "5e-6", "--head_lr_multiplier", "1", "--mixed_precision",
+                "no", "--report_to", "none")  # fmt: skip
     return train_flags(data, out, *steps, *settings, *more)
 
 

@@ -142,17 +142,22 @@ def test_ema_by_hand():
 
 
 def test_parameter_groups():
-    """Norms and biases are not decayed; the segmenter can have its own learning rate; frozen tensors are left out."""
+    """Norms and biases are not decayed; segmenter and LoRA have their own learning rates; frozen ones are left out."""
+    adapted = nn.ModuleDict({"lora_A": nn.ModuleDict({"depth": nn.Linear(2, 1, bias=False)})})
     model = nn.ModuleDict(
-        {"unet": nn.Sequential(nn.Conv2d(1, 32, 1), nn.GroupNorm(32, 32)), "segmenter": nn.Linear(2, 2)}
+        {
+            "unet": nn.Sequential(nn.Conv2d(1, 32, 1), nn.GroupNorm(32, 32), adapted),
+            "segmenter": nn.Linear(2, 2),
+        }
     )
     model["unet"][0].bias.requires_grad_(False)
-    groups = parameter_groups(model, 1e-3, 0.05, head_lr_multiplier=10)
+    groups = parameter_groups(model, 1e-3, 0.05, head_lr_multiplier=10, lora_lr_multiplier=20)
     found = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
     assert found == {
         "unet.0.weight": (1e-3, 0.05),
         "unet.1.weight": (1e-3, 0.0),
         "unet.1.bias": (1e-3, 0.0),
+        "unet.2.lora_A.depth.weight": (2e-2, 0.05),
         "segmenter.weight": (1e-2, 0.05),
         "segmenter.bias": (1e-2, 0.0),
     }

@@ -284,7 +284,8 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list |
     """Scalars and gradients of one `adaptation_pass` on random images; `events` gets its forwards and backwards."""
     torch.manual_seed(0)
     required = ["--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
-    [(args, _)] = parse_train_args(train_parser(""), ["--task", TASK.name, *required, *flags])
+    published = ["--pseudo_label_weight", "batch", "--lplr_mask", "pseudo"]
+    [(args, _)] = parse_train_args(train_parser(""), ["--task", TASK.name, *required, *published, *flags])
     output_layers = {"train_unet_output_layers": True} if args.train_unet_output_layers else {}
     model = new_model(TASK, tuning, **output_layers).train()
     if tuning == "lora":

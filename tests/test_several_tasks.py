@@ -15,7 +15,8 @@ from madm_utils.modeling_madm import MADMModel
 from madm_utils.tasks import TASKS
 from madm_utils.train_args import parse_train_args, train_parser
 
-BOTH = ("--task", "synthetic_to_infrared", "--learning_rate", "0.01", "--checkpointing_steps", 1)
+RATE = ("--learning_rate", "0.01", "--head_lr_multiplier", 1, "--lora_lr_multiplier", 1)
+BOTH = ("--task", "synthetic_to_infrared", *RATE, "--checkpointing_steps", 1)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -44,7 +45,7 @@ def test_one_folder_per_modality(together):
 
 
 def test_an_adapter_trained_beside_another_equals_one_trained_alone(together, data, tmp_path):  # noqa: F811
-    script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"))
+    script("train_madm.py", *train_flags(data, tmp_path / "alone", *RATE))
     alone = files(tmp_path / "alone/checkpoint-2")
     assert alone == files(together / "checkpoint-2/depth")
     assert "pytorch_lora_weights.safetensors" in alone and len(alone) == 4
@@ -53,7 +54,7 @@ def test_an_adapter_trained_beside_another_equals_one_trained_alone(together, da
 def test_two_processes_give_the_same_adapters_as_one_task_alone(data, tmp_path):  # noqa: F811
     """Two DDP wrappers around one UNet, whose adapters take turns."""
     done = script("train_madm.py", *train_flags(data, tmp_path / "both", *BOTH), processes=2)
-    script("train_madm.py", *train_flags(data, tmp_path / "alone", "--learning_rate", "0.01"), processes=2)
+    script("train_madm.py", *train_flags(data, tmp_path / "alone", *RATE), processes=2)
     assert "2 x cpu" in done.stdout
     assert files(tmp_path / "alone/checkpoint-2") == files(tmp_path / "both/checkpoint-2/depth")
 

@@ -275,7 +275,7 @@ def test_resume_from_something_else(finished_run, data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--learning_rate", "5"), "learning_rate: 0.001 -> 5.0"),
+        (("--learning_rate", "5"), "learning_rate: 0.0001 -> 5.0"),
         (("--unet_tuning", "full"), "unet_tuning: lora -> full"),
         (("--mixed_precision", "bf16"), "mixed_precision: no -> bf16"),
     ],
