@@ -136,7 +136,7 @@ def test_card_before_and_after_the_evaluation(finished, tmp_path):
     names = TASKS[SYNTHETIC].class_names
     assert f"| {names[0]} | - | - |" in card.text and f"| {names[1]} | 11.00 | 21.00 |" in card.text
     assert "mIoU **12.35**" in card.text and "fwIoU **-**" in card.text
-    for shown in ("| steps | 1000 |", "2 x Some GPU", "timestep 60 to 61", "| precision | bf16 |", "@inproceedings{",
+    for shown in ("| steps | 800 |", "2 x Some GPU", "timestep 60 to 61", "| precision | bf16 |", "@inproceedings{",
                   "Source data `synthetic_rgb`: drawn by"):  # fmt: skip
         assert shown in card.text, shown
     assert not list(folder.glob(".*"))
