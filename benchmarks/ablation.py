@@ -99,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), default="test", help="labelled target scenes to score on")
     parser.add_argument("--base_model", type=Path, default=ASSET, help="pre-trained model in diffusers layout")
     parser.add_argument("--num_train", type=positive_int, default=1000, help="training scenes per domain")
-    parser.add_argument("--num_eval", type=positive_int, default=200, help="validation scenes, and test scenes")
+    parser.add_argument("--num_eval", type=positive_int, default=100, help="validation scenes, and test scenes")
     parser.add_argument("--max_train_steps", type=positive_int, help="of each training; default: the task's")
     parser.add_argument(
         "--validations", type=non_negative_int, default=4, help="scores and pictures during a training"
