@@ -46,8 +46,7 @@ SMALL_NETWORK = (
 )  # fmt: skip
 """Flags for a network that is as small as the base model."""
 TRAINING = (
-    *SMALL_NETWORK, "--train_batch_size", "1", "--dataloader_num_workers", "0", "--report_to", "none",
-    "--checkpoints_total_limit", "1",
+    *SMALL_NETWORK, "--dataloader_num_workers", "0", "--report_to", "none", "--checkpoints_total_limit", "1",
 )  # fmt: skip
 """Flags of every row; the rest are the defaults of the synthetic tasks."""
 OWNED = {

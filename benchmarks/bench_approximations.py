@@ -51,10 +51,12 @@ if TYPE_CHECKING:
 
 TASK = "synthetic_to_infrared"
 UNET_CHANNELS, VAE_CHANNELS, ATTENTION_HEADS = (32, 32, 64, 64), (8, 16, 32), 2
-# As in the demo: rates and thresholds with which a short training from random weights learns something.
+# Rates and thresholds with which a short training from random weights learns something; those of the synthetic tasks
+# are for a pre-trained UNet.
 TRAINING = (
     "--projection_channels", 64, "--bottleneck_channels", 32, "--head_channels", 16, "--learning_rate", "2e-3",
-    "--pseudo_label_threshold", "0.6", "--train_batch_size", 2, "--rare_class_min_pixels", 100,
+    "--head_lr_multiplier", 1, "--lora_lr_multiplier", 1, "--pseudo_label_threshold", "0.6", "--pseudo_label_weight",
+    "batch", "--lplr_mask", "pseudo", "--train_batch_size", 2, "--rare_class_min_pixels", 100,
     "--dataloader_num_workers", 0, "--report_to", "none",
 )  # fmt: skip
 TIMED_SIZE, TIMED_RESOLUTION = "medium", 128

@@ -136,7 +136,8 @@ def test_card_before_and_after_the_evaluation(finished, tmp_path):
     names = TASKS[SYNTHETIC].class_names
     assert f"| {names[0]} | - | - |" in card.text and f"| {names[1]} | 11.00 | 21.00 |" in card.text
     assert "mIoU **12.35**" in card.text and "fwIoU **-**" in card.text
-    for shown in ("| steps | 800 |", "2 x Some GPU", "timestep 60 to 61", "| precision | bf16 |", "@inproceedings{",
+    for shown in ("| steps | 800 |", "| 0.0001, x30 for the head, x10 for the LoRA, multistep |",
+                  "2 x Some GPU", "timestep 60 to 61", "| precision | bf16 |", "@inproceedings{",
                   "Source data `synthetic_rgb`: drawn by"):  # fmt: skip
         assert shown in card.text, shown
     assert not list(folder.glob(".*"))

@@ -153,6 +153,7 @@ def test_logs_pictures_and_rotation(finished_run):
     assert all(np.isfinite(values).all() for values in logged.values())
     assert all(len(logged[tag]) == 4 for tag in set(logged) - per_class) and per_class
     assert logged["train/teacher_timestep"][0] in (60, 61)
+    assert max(logged["train/learning_rate"]) == pytest.approx(1e-4 * 10)  # the task's, times that of a LoRA
     assert {p.name for p in finished_run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
     for step in (2, 4):
         assert Image.open(finished_run / f"validation/step-{step}.png").width > 9 * 128
