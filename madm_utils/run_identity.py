@@ -24,9 +24,10 @@ def identity(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     task = config["task"]
     values = {f"task {field}": value for field, value in task.items() if field != "hyperparameters"}
     values |= {key: config[key] for key in ("resolution", "unet_tuning", "noise_in_latent_dtype")}
-    # The flags, first what held before there was a flag, and what came from the launcher and the machine.
+    # What held before there was a flag, then the flags, and what came from the launcher and the machine.
+    before_flags = {"head_resolution": 1} | ({"lora_lr_multiplier": 1.0} if config["unet_tuning"] == "lora" else {})
     values |= (
-        {"head_resolution": 1, "lora_lr_multiplier": 1.0}
+        before_flags
         | record["settings"]
         | {key: record[key] for key in ("mixed_precision", "num_processes", "device", "engine")}
     )

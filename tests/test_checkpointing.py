@@ -292,6 +292,7 @@ def changed(values, path, value):
         ("data", {**RECORD["data"], "base model": "123"}, "data base model: None -> 123"),
         ("data", {**RECORD["data"], "VAE decoder": "123"}, "data VAE decoder: None -> 123"),
         ("settings/head_resolution", 4, "head_resolution: 1 -> 4"),
+        ("settings/lora_lr_multiplier", 10.0, "lora_lr_multiplier: 1.0 -> 10.0"),
         ("data", {"synthetic_rgb/train": "abc"}, "data synthetic_depth/train: def -> None"),
     ],
 )
@@ -315,6 +316,14 @@ def test_a_run_that_would_be_another(path, value, message, checkpoint):
 def test_a_model_that_would_be_another(path, value, message, checkpoint):
     with pytest.raises(UserError, match=message):
         check_resume(checkpoint, "", RECORD, changed(CONFIG, path, value), logging.getLogger())
+
+
+def test_a_run_from_before_the_rate_of_the_lora_goes_on_without_a_lora(tmp_path):
+    """The flag that came later means nothing to a run of the whole UNet."""
+    config = changed(CONFIG, "unet_tuning", "full")
+    checkpoint = publish(tmp_path, 1) / "checkpoint-1"
+    (checkpoint / "madm_config.json").write_text(json.dumps(config))
+    check_resume(checkpoint, "", changed(RECORD, "settings/lora_lr_multiplier", 10.0), config, logging.getLogger())
 
 
 def test_harmless_changes_are_logged(checkpoint, caplog):
