@@ -123,6 +123,7 @@ if __name__ == "__main__":
     import tensorboard  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
+    import convert_original_madm  # noqa: F401
     import eval_madm  # noqa: F401
     import madm_utils.pipeline_madm  # noqa: F401
     import predict_madm  # noqa: F401

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from fork_server import run_script
 from safetensors import safe_open
 from torch import nn
 
@@ -19,8 +18,6 @@ from benchmarks.pretraining_images import FIRST_SEED, KINDS, PICTURES_PER_SCENE,
 from benchmarks.small_diffusion_card import card_text
 from madm_utils.cli import UserError
 from madm_utils.scenes import INDEX_BITS, MODALITIES, SEED_BITS, SPLITS, scene_seed
-
-SCRIPT = Path(pretraining.__file__)
 
 
 def test_pictures_of_a_scene():
@@ -118,7 +115,7 @@ def test_script(tmp_path):
     with pytest.raises(UserError, match="stage vae needs the result of images"):
         pretraining.main(flags_of(out, "--stages", "vae"))
     assert not out.exists()
-    done = subprocess.run([sys.executable, SCRIPT, *flags_of(out)], capture_output=True, text=True)
+    done = run_script("benchmarks/pretrain_small_diffusion.py", *flags_of(out))
     assert done.returncode == 0, done.stderr
     model = MADMModel.from_base(
         BaseModelReference(str(out / "model")), TASKS["synthetic_to_depth"], 128, "full",
