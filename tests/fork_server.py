@@ -74,7 +74,7 @@ class Forked:
 
 
 @functools.cache
-def _shared_server() -> ForkServer:
+def shared_server() -> ForkServer:
     """One per test process."""
     server = ForkServer()
     atexit.register(server.close)
@@ -88,7 +88,7 @@ def run_script(script: str, *flags: object, processes: int = 1) -> subprocess.Co
         out.touch()
         err.touch()
         flags = [str(flag) for flag in flags]
-        started = _shared_server().group(script, processes, flags, str(out), str(err))
+        started = shared_server().group(script, processes, flags, str(out), str(err))
         code = max(abs(process.wait()) for process in started)
         return subprocess.CompletedProcess([script, *flags], code, out.read_text(), err.read_text())
 

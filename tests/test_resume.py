@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from fork_server import ForkServer
+from fork_server import shared_server
 
 from benchmarks.soak_resume import (
     Life,
@@ -40,9 +40,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture(scope="module")
 def server():
-    server = ForkServer()
-    yield server
-    server.close()
+    return shared_server()
 
 
 @pytest.fixture(scope="module")
