@@ -96,10 +96,10 @@ _INFRARED = {"dplg_timestep": [50, 51], "dplg_end_step": 8000, "lplr_loss": "bot
 _EVENT = {"dplg_timestep": [50, 51], "dplg_end_step": 8000, "lplr_loss": "source", "lplr_weight": [20.0, 20.0]}
 # The published schedules take 10,000 steps with one learning rate. These fit the small model of this repository: a
 # pre-trained UNet keeps what it knows at a low rate, a head from scratch needs a high one; one weight for all pixels
-# carries wrong labels of thin classes along (docs/experiments.md).
+# carries wrong labels of thin classes along; event gains from regressing mixed images too (docs/experiments.md).
 _SYNTHETIC = {"max_train_steps": 800, "learning_rate": 1e-4, "head_lr_multiplier": 30, "ema_decay": 0.99,
               "max_grad_norm": 1.0, "rare_class_min_pixels": 20, "pseudo_label_weight": "pixel",
-              "lplr_mask": "mixed"}  # fmt: skip
+              "lplr_loss": "both", "lplr_weight": [1.0, 1.0], "lplr_mask": "mixed"}  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -121,7 +121,7 @@ TASKS = {
              hyperparameters={**_INFRARED, **_SYNTHETIC, "dplg_end_step": 640}),
         Task("synthetic_to_event", "synthetic_rgb", "synthetic_event", "event", **_STREET,
              resolution=128, source_size=(128, 128), target_size=(128, 128),
-             hyperparameters={**_EVENT, **_SYNTHETIC, "dplg_end_step": 640, "lplr_weight": [1.0, 1.0]}),
+             hyperparameters={**_EVENT, **_SYNTHETIC, "dplg_end_step": 640, "lplr_weight": [3.0, 3.0]}),
     )
 }  # fmt: skip
 
