@@ -126,7 +126,7 @@ def curves(out) -> dict[str, np.ndarray]:
 
 
 def test_two_processes_follow_one_with_the_whole_batch(data, tmp_path):
-    """Twelve steps with synchronised statistics. Also: nothing hangs where the ranks have different work (one saves and
+    """12 steps with synchronised statistics. Also: nothing hangs where the ranks have different work (one saves and
     draws pictures, five images are scored by two), and the second rank writes nothing."""
     # 0.2 is a threshold that a part of an untrained teacher's pixels reaches. At this learning rate the training
     # changes every loss by 1e-3 to 1e-2 within these steps, so a wrong update would show.
