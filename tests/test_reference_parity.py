@@ -338,7 +338,7 @@ class FirstPass:
 
 @pytest.fixture(scope="module")
 def first_passes() -> dict[str, FirstPass]:
-    """First passes that nothing has changed yet, by `first_pass_key`: one pass costs a minute."""
+    """First passes that nothing has changed yet, by `first_pass_key`: one pass costs most of a minute."""
     return {}
 
 
