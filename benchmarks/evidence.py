@@ -208,26 +208,29 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def copy_pictures(results: Results, images: Path) -> str:
-    """Pictures of the first and last validation of one seed, with and without DPLG; returns their Markdown."""
+    """Pictures of the first and last validation of one seed, with and without DPLG; returns their Markdown.
+
+    Where the training that drew one is gone, the copy that an earlier call made of it stays.
+    """
     parts = []
     for modality in MODALITIES:
         for name in ("self-training", "dplg"):
-            records = results.records.get((modality, name), {})
-            folders = [record["folder"] / "training" / "validation" for _, record in sorted(records.items())]
-            folder = next((folder for folder in folders if folder.is_dir()), None)
-            if folder is None:  # not run, or its training was deleted
-                continue
-            steps = sorted(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")))
-            for when, path in zip(("early", "late"), dict.fromkeys((*steps[:1], *steps[-1:])), strict=False):
+            records = [r for _, r in sorted(results.records.get((modality, name), {}).items()) if r["curve"]]
+            for when, index in (("early", 0), ("late", -1)) if records else ():
+                step, _ = records[0]["curve"][index]
+                drawn = [record["folder"] / "training" / "validation" / f"step-{step}.png" for record in records]
+                source = next((path for path in drawn if path.exists()), None)
                 target = images / f"evidence_{modality}_{name}_{when}.png"
-                shutil.copy(path, target)
-                step = path.stem.removeprefix("step-")
-                parts.append(f"{modality}, {ROWS[name].title}, step {step}:\n\n![{path.stem}](images/{target.name})\n")
+                if source is not None:
+                    shutil.copy(source, target)
+                if target.exists():
+                    title = f"{modality}, {ROWS[name].title}, step {step}"
+                    parts.append(f"{title}:\n\n![{title}](images/{target.name})\n")
     return "\n".join(parts)
 
 
-def document(results: Results, pictures: str) -> str:
-    """The whole file, from `evidence.template.md`."""
+def document(results: Results, folder: Path, pictures: str) -> str:
+    """The whole file, from `evidence.template.md`; `folder` is where the results lie."""
     import jinja2
 
     everything = [record for seeds in results.records.values() for record in seeds.values()]
@@ -235,6 +238,7 @@ def document(results: Results, pictures: str) -> str:
     dates = sorted({record["date"] for record in everything})
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     return template.render(
+        results=folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder,
         base_model=base_model_name(settings["base_model"]),
         main_table=main_table(results),
         goals=goals(results),
@@ -280,8 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = args.output.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     plot_curves(results, images / "evidence_curves.png")
+    text = document(results, args.results.resolve(), copy_pictures(results, images))
     with replacing(args.output) as temporary:
-        temporary.write_text(document(results, copy_pictures(results, images)), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     print(args.output)
 
 

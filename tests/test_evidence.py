@@ -9,6 +9,7 @@ from PIL import Image
 
 from benchmarks import evidence
 from benchmarks.ablation import MODALITIES, ROWS
+from benchmarks.common import ROOT
 from madm_utils.cli import UserError
 
 # mIoU of seeds 0, 1 and 2 where all modalities are alike.
@@ -106,6 +107,20 @@ def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
     text = text_of(results, tmp_path)
     assert f"| {ROWS['madm'].title} | 100 | 2.0 | 1.0 |" in text
     assert "evidence_depth_dplg_late.png" in text and "evidence_depth_self-training" not in text
+
+
+def test_pictures_outlive_the_trainings(results, tmp_path):
+    text = text_of(results, tmp_path)
+    for folder in results.glob("*/*/seed-*/training"):
+        shutil.rmtree(folder)
+    assert text.count("images/evidence_") == 1 + 3 * 2 * 2
+    assert text_of(results, tmp_path) == text
+
+
+def test_the_document_of_the_repository(tmp_path):
+    """Nothing in it is typed by hand: it comes from the result files beside the benchmark."""
+    shutil.copytree(ROOT / "docs/images", tmp_path / "docs/images")
+    assert text_of(ROOT / "benchmarks/results/ablation", tmp_path) == (ROOT / "docs/evidence.md").read_text()
 
 
 def test_gain_is_of_shared_seeds(tmp_path):
