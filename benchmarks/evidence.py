@@ -5,7 +5,7 @@
     python benchmarks/evidence.py --results outputs/ablation --output docs/evidence.md
 
 Every number in it is read or computed here from result-test.json files; nothing is typed by hand. Rows, modalities and
-seeds that were not run are named as missing, and a goal that needs them is "not measured".
+seeds that were not run are named as missing; a goal that needs them is "not measured", or has "too few seeds".
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +28,7 @@ from madm_utils.files import replacing
 
 TEMPLATE = Path(__file__).with_suffix(".template.md")
 LEAST_SEEDS = 3
-"""With fewer a goal counts as not measured."""
+"""With fewer there is no verdict on a goal."""
 CEILING_GOAL = 60.0
 ADAPTATION_GOAL, AVERAGE_GOAL = 8.0, 12.0
 PRETRAINING_GOAL, LORA_MARGIN = 5.0, 2.0
@@ -41,21 +41,22 @@ class Results:
     """All records: (modality, row) -> seed -> content of result.json, with its folder under `folder`."""
 
     records: dict[tuple[str, str], dict[int, dict]]
+    least_seeds: int = LEAST_SEEDS
 
     def scores(self, modality: str, row: str) -> list[float]:
         """mIoU in percent of every seed, in the order of the seeds."""
         return [record["miou"] for _, record in sorted(self.records.get((modality, row), {}).items())]
 
     def mean(self, modality: str, row: str) -> float | None:
-        """Mean over the seeds; `None` where these are fewer than `LEAST_SEEDS`."""
+        """Mean over the seeds; `None` where these are fewer than `least_seeds`."""
         scores = self.scores(modality, row)
-        return mean(scores) if len(scores) >= LEAST_SEEDS else None
+        return mean(scores) if len(scores) >= self.least_seeds else None
 
     def gain(self, modality: str, row: str, reference: str) -> float | None:
-        """Difference of the means over the seeds that both have; `None` where these are fewer than `LEAST_SEEDS`."""
+        """Difference of the means over the seeds that both have; `None` where these are fewer than `least_seeds`."""
         own, other = (self.records.get((modality, name), {}) for name in (row, reference))
         shared = sorted(set(own) & set(other))
-        if len(shared) < LEAST_SEEDS:
+        if len(shared) < self.least_seeds:
             return None
         return mean(own[seed]["miou"] - other[seed]["miou"] for seed in shared)
 
@@ -124,33 +125,40 @@ def main_table(results: Results) -> str:
 
 
 def goals(results: Results) -> str:
-    """Every goal, what was measured, and whether it is met."""
+    """Every goal, what was measured, and whether it is met; differences of too few seeds are shown without verdict."""
+    shown = Results(results.records, least_seeds=1)
     rows = []
 
-    def goal(text: str, values: Sequence[float | None], least: float | None) -> None:
+    def goal(text: str, measure: Callable[[Results], list[float | None]], least: float | None) -> None:
         """Met where all values are at least `least`, or, for `None`, above zero."""
-        if None in values:
-            verdict = "not measured"
-        else:
+        values = measure(results)
+        if None not in values:
             met = all(value > 0 if least is None else value >= least for value in values)
             verdict = "met" if met else "**missed**"
-        shown = ", ".join("-" if value is None else f"{value:+.2f}" for value in values)
-        rows.append([text, shown, verdict])
+        else:
+            verdict = "not measured" if None in measure(shown) else "too few seeds"
+        numbers = ("-" if value is None else f"{value:+.2f}" for value in measure(shown))
+        rows.append([text, ", ".join(numbers), verdict])
 
-    def each(row: str, reference: str) -> list[float | None]:
-        return [results.gain(modality, row, reference) for modality in MODALITIES]
+    def each(row: str, reference: str) -> Callable[[Results], list[float | None]]:
+        return lambda some: [some.gain(modality, row, reference) for modality in MODALITIES]
 
-    ceiling = [results.mean(modality, "supervised") for modality in MODALITIES]
+    def average(row: str, reference: str) -> Callable[[Results], list[float | None]]:
+        return lambda some: [some.average_gain(row, reference)]
+
+    def ceiling(some: Results) -> list[float | None]:
+        return [some.mean(modality, "supervised") for modality in MODALITIES]
+
     goal(f"supervised on the target: at least {CEILING_GOAL:g} mIoU on each", ceiling, CEILING_GOAL)
     gains = each("madm", "source-only")
     goal(f"MADM above source-only by at least {ADAPTATION_GOAL:g} on each", gains, ADAPTATION_GOAL)
-    goal(f"and by at least {AVERAGE_GOAL:g} on average", [results.average_gain("madm", "source-only")], AVERAGE_GOAL)
+    goal(f"and by at least {AVERAGE_GOAL:g} on average", average("madm", "source-only"), AVERAGE_GOAL)
     goal("MADM above plain self-training on each", each("madm", "self-training"), None)
-    goal("DPLG alone positive on average", [results.average_gain("dplg", "self-training")], None)
-    goal("LPLR alone positive on average", [results.average_gain("lplr", "self-training")], None)
-    goal("DPLG beside LPLR positive on average", [results.average_gain("madm", "lplr")], None)
-    goal("LPLR beside DPLG positive on average", [results.average_gain("madm", "dplg")], None)
-    pretrained = [results.average_gain("madm", "madm-random")]
+    goal("DPLG alone positive on average", average("dplg", "self-training"), None)
+    goal("LPLR alone positive on average", average("lplr", "self-training"), None)
+    goal("DPLG beside LPLR positive on average", average("madm", "lplr"), None)
+    goal("LPLR beside DPLG positive on average", average("madm", "dplg"), None)
+    pretrained = average("madm", "madm-random")
     goal(f"pre-trained above random UNet by at least {PRETRAINING_GOAL:g} on average", pretrained, PRETRAINING_GOAL)
     goal(f"LoRA within {LORA_MARGIN:g} of full tuning on each", each("madm-lora", "madm"), -LORA_MARGIN)
     return markdown_table(["goal (means over seeds, test scenes)", f"measured ({', '.join(MODALITIES)})", ""], rows)
