@@ -12,7 +12,8 @@ row that has its result is kept, a training goes on from its last checkpoint.
 
 Results lie in `--output_dir`/MODALITY/ROW/seed-N: result-SPLIT.json (scores, curve, seconds, settings), and training/
 with the log, pictures of pseudo-labels every quarter of the steps, and the model. What was made with other settings,
-another base model or other scenes is refused, not mixed in.
+another base model or other scenes is refused, not mixed in. The result files of docs/evidence.md are in
+benchmarks/results/ablation; copied into `--output_dir` they count as done.
 """
 
 import argparse
