@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,29 +41,16 @@ class Results:
     """All records: (modality, row) -> seed -> content of result.json, with its folder under `folder`."""
 
     records: dict[tuple[str, str], dict[int, dict]]
-    least_seeds: int = LEAST_SEEDS
 
     def scores(self, modality: str, row: str) -> list[float]:
         """mIoU in percent of every seed, in the order of the seeds."""
         return [record["miou"] for _, record in sorted(self.records.get((modality, row), {}).items())]
 
-    def mean(self, modality: str, row: str) -> float | None:
-        """Mean over the seeds; `None` where these are fewer than `least_seeds`."""
-        scores = self.scores(modality, row)
-        return mean(scores) if len(scores) >= self.least_seeds else None
-
-    def gain(self, modality: str, row: str, reference: str) -> float | None:
-        """Difference of the means over the seeds that both have; `None` where these are fewer than `least_seeds`."""
-        own, other = (self.records.get((modality, name), {}) for name in (row, reference))
-        shared = sorted(set(own) & set(other))
-        if len(shared) < self.least_seeds:
-            return None
-        return mean(own[seed]["miou"] - other[seed]["miou"] for seed in shared)
-
-    def average_gain(self, row: str, reference: str) -> float | None:
-        """Mean of the gains over the modalities; `None` unless there are all three."""
-        gains = [self.gain(modality, row, reference) for modality in MODALITIES]
-        return None if None in gains else mean(gains)
+    def gains(self, row: str, reference: str, modalities: Sequence[str]) -> list[float]:
+        """mIoU of `row` above `reference`, mean over `modalities`; one value per seed that all of these have."""
+        pairs = [(self.records.get((m, row), {}), self.records.get((m, reference), {})) for m in modalities]
+        shared = set.intersection(*(set(seeds) for pair in pairs for seeds in pair))
+        return [mean(own[seed]["miou"] - other[seed]["miou"] for own, other in pairs) for seed in sorted(shared)]
 
 
 def load(folder: Path) -> Results:
@@ -106,50 +93,48 @@ def common_flags(record: dict) -> list[str]:
     return flags[:where] + flags[where + 2 :]
 
 
-def spread(scores: Sequence[float]) -> str:
-    """Mean and standard deviation, with the number of seeds where it is not three."""
-    if not scores:
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Mean and standard deviation, the mean as `form` says, with the number of seeds where it is not three."""
+    if not values:
         return "not run"
-    text = f"{mean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
-    return text if len(scores) == 3 else f"{text} ({len(scores)} seed{'s' * (len(scores) > 1)})"
+    text = f"{mean(values):{form}}" + (f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else "")
+    return text if len(values) == 3 else f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
 
 
 def main_table(results: Results) -> str:
     """mIoU per row and modality, and the average over the modalities."""
     rows = []
     for name, row in ROWS.items():
-        means = [results.mean(modality, name) for modality in MODALITIES]
-        average = "-" if None in means else f"{mean(means):.1f}"
-        rows.append([row.title, *(spread(results.scores(modality, name)) for modality in MODALITIES), average])
+        scores = [results.scores(modality, name) for modality in MODALITIES]
+        complete = all(len(seeds) >= LEAST_SEEDS for seeds in scores)
+        average = f"{mean(map(mean, scores)):.1f}" if complete else "-"
+        rows.append([row.title, *map(spread, scores), average])
     return markdown_table(["", *MODALITIES, "average"], rows)
 
 
 def goals(results: Results) -> str:
-    """Every goal, what was measured, and whether it is met; differences of too few seeds are shown without verdict."""
-    shown = Results(results.records, least_seeds=1)
+    """Every goal, what was measured, and whether it is met; values of too few seeds are shown without verdict."""
     rows = []
 
-    def goal(text: str, measure: Callable[[Results], list[float | None]], least: float | None) -> None:
-        """Met where all values are at least `least`, or, for `None`, above zero."""
-        values = measure(results)
-        if None not in values:
-            met = all(value > 0 if least is None else value >= least for value in values)
-            verdict = "met" if met else "**missed**"
+    def goal(text: str, measured: list[list[float]], least: float | None, form: str = "+.2f") -> None:
+        """Met where the mean over the seeds of each of `measured` is at least `least`, or, for `None`, above zero."""
+        if not all(measured):
+            verdict = "not measured"
+        elif any(len(seeds) < LEAST_SEEDS for seeds in measured):
+            verdict = "too few seeds"
         else:
-            verdict = "not measured" if None in measure(shown) else "too few seeds"
-        numbers = ("-" if value is None else f"{value:+.2f}" for value in measure(shown))
-        rows.append([text, ", ".join(numbers), verdict])
+            met = all(value > 0 if least is None else value >= least for value in map(mean, measured))
+            verdict = "met" if met else "**missed**"
+        rows.append([text, ", ".join(spread(seeds, form) for seeds in measured), verdict])
 
-    def each(row: str, reference: str) -> Callable[[Results], list[float | None]]:
-        return lambda some: [some.gain(modality, row, reference) for modality in MODALITIES]
+    def each(row: str, reference: str) -> list[list[float]]:
+        return [results.gains(row, reference, [modality]) for modality in MODALITIES]
 
-    def average(row: str, reference: str) -> Callable[[Results], list[float | None]]:
-        return lambda some: [some.average_gain(row, reference)]
+    def average(row: str, reference: str) -> list[list[float]]:
+        return [results.gains(row, reference, MODALITIES)]
 
-    def ceiling(some: Results) -> list[float | None]:
-        return [some.mean(modality, "supervised") for modality in MODALITIES]
-
-    goal(f"supervised on the target: at least {CEILING_GOAL:g} mIoU on each", ceiling, CEILING_GOAL)
+    ceiling = [results.scores(modality, "supervised") for modality in MODALITIES]
+    goal(f"supervised on the target: at least {CEILING_GOAL:g} mIoU on each", ceiling, CEILING_GOAL, ".1f")
     gains = each("madm", "source-only")
     goal(f"MADM above source-only by at least {ADAPTATION_GOAL:g} on each", gains, ADAPTATION_GOAL)
     goal(f"and by at least {AVERAGE_GOAL:g} on average", average("madm", "source-only"), AVERAGE_GOAL)
@@ -161,7 +146,8 @@ def goals(results: Results) -> str:
     pretrained = average("madm", "madm-random")
     goal(f"pre-trained above random UNet by at least {PRETRAINING_GOAL:g} on average", pretrained, PRETRAINING_GOAL)
     goal(f"LoRA within {LORA_MARGIN:g} of full tuning on each", each("madm-lora", "madm"), -LORA_MARGIN)
-    return markdown_table(["goal (means over seeds, test scenes)", f"measured ({', '.join(MODALITIES)})", ""], rows)
+    header = ["goal", f"measured on {', '.join(MODALITIES)}, or their average", ""]
+    return markdown_table(header, rows)
 
 
 def class_table(results: Results, modality: str) -> str:
@@ -192,7 +178,7 @@ def cost_table(results: Results) -> str:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Validation mIoU over the steps of every row, mean over the seeds, one plot per modality."""
+    """Validation mIoU over the steps of every row, mean and deviation over the seeds, one plot per modality."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -203,8 +189,10 @@ def plot_curves(results: Results, path: Path) -> None:
             curves = [dict(r["curve"]) for r in results.records.get((modality, name), {}).values()]
             shared = sorted(set.intersection(*map(set, curves))) if curves else []
             if shared:
-                scores = [mean(curve[step] for curve in curves) for step in shared]
-                axes.plot(shared, scores, marker=".", color=COLORS[name], label=ROWS[name].title)
+                scores = [[curve[step] for curve in curves] for step in shared]
+                errors = [stdev(seeds) if len(seeds) > 1 else 0 for seeds in scores]
+                axes.errorbar(shared, [*map(mean, scores)], errors, marker=".", color=COLORS[name], linewidth=1.2,
+                              elinewidth=0.6, capsize=2, label=ROWS[name].title)  # fmt: skip
         axes.set(title=modality, xlabel="step", ylabel="mIoU of validation scenes, %")
         axes.grid(alpha=0.3)
     named = {

@@ -61,15 +61,17 @@ def test_tables(results, tmp_path):
     assert "a pre-trained model that is not in the repository (digest of its weights: abc)" in text
     cell = "31.0 ± 1.0"
     assert f"| source only | {cell} | {cell} | {cell} | 31.0 |" in text
-    assert "at least 8 on each | +14.00, +14.00, +14.00 | met |" in text
-    assert "at least 12 on average | +14.00 | met |" in text
-    assert "MADM above plain self-training on each | +10.00, +10.00, +10.00 | met |" in text
-    assert "DPLG alone positive on average | +2.00 | met |" in text
-    assert "LPLR alone positive on average | +0.00 | **missed** |" in text  # none is not a gain
-    assert "LPLR beside DPLG positive on average | +8.00 | met |" in text
-    assert "at least 5 on average | +3.00 | **missed** |" in text
-    assert "LoRA within 2 of full tuning on each | -2.50, -2.50, -2.50 | **missed** |" in text
-    assert "at least 60 mIoU on each | +62.00, +62.00, +62.00 | met |" in text
+    assert "at least 8 on each | +14.00 ± 0.00, +14.00 ± 0.00, +14.00 ± 0.00 | met |" in text
+    assert "at least 12 on average | +14.00 ± 0.00 | met |" in text
+    gain = "+10.00 ± 1.00"
+    assert f"MADM above plain self-training on each | {gain}, {gain}, {gain} | met |" in text
+    assert "DPLG alone positive on average | +2.00 ± 1.00 | met |" in text
+    assert "LPLR alone positive on average | +0.00 ± 1.00 | **missed** |" in text  # none is not a gain
+    assert "LPLR beside DPLG positive on average | +8.00 ± 0.00 | met |" in text
+    assert "at least 5 on average | +3.00 ± 0.00 | **missed** |" in text
+    gain = "-2.50 ± 0.50"
+    assert f"LoRA within 2 of full tuning on each | {gain}, {gain}, {gain} | **missed** |" in text
+    assert "at least 60 mIoU on each | 62.0 ± 1.0, 62.0 ± 1.0, 62.0 ± 1.0 | met |" in text
     assert "| sky | 91 |" in text and "| MADM with LoRA | 100 | 2.0 | 1.0 |" in text
     assert "    --rank 4\n" in text
     assert "72 trainings, a machine, 2026-01-01 to 2026-01-03" in text
@@ -84,15 +86,15 @@ def test_what_was_not_run_is_said(results, tmp_path):
     text = text_of(results, tmp_path)
     title = ROWS["madm"].title
     assert f"| {title} | 45.0 ± 1.0 | 45.0 ± 1.0 | not run | - |" in text
-    assert "at least 12 on average | - | not measured |" in text
-    assert "at least 8 on each | +14.00, +14.00, - | not measured |" in text
+    assert "at least 12 on average | not run | not measured |" in text
+    assert "at least 8 on each | +14.00 ± 0.00, +14.00 ± 0.00, not run | not measured |" in text
 
 
 def test_two_seeds_are_too_few_for_a_verdict(results, tmp_path):
     (results / "depth/supervised/seed-1/result-test.json").unlink()
     text = text_of(results, tmp_path)
     assert "| supervised on the target | 61.5 ± 0.7 (2 seeds) |" in text
-    assert "at least 60 mIoU on each | +61.50, +62.00, +62.00 | too few seeds |" in text
+    assert "at least 60 mIoU on each | 61.5 ± 0.7 (2 seeds), 62.0 ± 1.0, 62.0 ± 1.0 | too few seeds |" in text
 
 
 def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
@@ -128,7 +130,14 @@ def test_gain_is_of_shared_seeds(tmp_path):
         write(tmp_path, "depth", "madm", seed, miou)
     for seed in range(3):
         write(tmp_path, "depth", "source-only", seed, 30.0)
-    assert evidence.load(tmp_path).gain("depth", "madm", "source-only") == 11.0
+    assert evidence.load(tmp_path).gains("madm", "source-only", ["depth"]) == [10.0, 11.0, 12.0]
+
+
+def test_average_gain_is_of_seeds_that_all_modalities_have(results):
+    for seed in (1, 2):
+        shutil.rmtree(results / f"event/madm/seed-{seed}")
+    write(results, "event", "madm", 2, 60.0)
+    assert evidence.load(results).gains("madm", "dplg", MODALITIES) == [8.0, (8.0 + 8.0 + 23.0) / 3]
 
 
 def test_errors(tmp_path):
