@@ -297,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_scripts_on_sigterm()
     import filelock
 
+    for name in ("rows", "modalities", "seeds"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # the same twice would write to one folder
     for name in ("data_dir", "output_dir", "base_model"):
         setattr(args, name, getattr(args, name).resolve())
     if not (args.base_model / "model_index.json").exists():

@@ -70,19 +70,26 @@ def load(folder: Path) -> Results:
 
 
 def check_common_settings(records: Sequence[dict]) -> None:
-    """Raise `UserError` where results differ in anything but the row's own flags and the task's schedule."""
+    """Raise `UserError` where results differ in more than the row's own flags and what belongs to the task."""
     for record in records:
         own, now = record["settings"]["row_flags"], list(ROWS[record["row"]].flags)
         if own != now:
             raise UserError(f"{record['folder']} was trained with the row's flags {own}, which now are {now}")
-    records = [{**record, "settings": {**record["settings"], "flags": common_flags(record)}} for record in records]
-    first = records[0]
-    for key in ("steps", "flags", "more_flags", "num_train", "num_eval", "base_model", "scenes"):
-        for record in records[1:]:
-            if record["settings"][key] != first["settings"][key]:
+    check_equal(records, ("steps", "more_flags", "num_train", "num_eval", "validations", "base_model", "scenes"))
+    for modality in MODALITIES:
+        check_equal([record for record in records if record["modality"] == modality], ("flags", "hyperparameters"))
+    check_equal([{**r, "settings": {"flags": common_flags(r)}} for r in records], ("flags",))
+
+
+def check_equal(records: Sequence[dict], keys: Sequence[str]) -> None:
+    """Raise `UserError` where settings of these names are not those of the first record."""
+    for record in records[1:]:
+        first, other = records[0]["settings"], record["settings"]
+        for key in keys:
+            if first[key] != other[key]:
                 raise UserError(
-                    f"{first['folder']} and {record['folder']} differ in {key}: {first['settings'][key]} and "
-                    f"{record['settings'][key]}; a table needs results of one suite"
+                    f"{records[0]['folder']} and {record['folder']} differ in {key}: {first[key]} and {other[key]}; "
+                    "a table needs results of one suite"
                 )
 
 
@@ -165,16 +172,33 @@ def class_table(results: Results, modality: str) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """Seconds of a training, by row; of those that were not interrupted."""
+    """Minutes of a training, by row; of those that were not interrupted, whose record is whole."""
     rows = []
     for name, row in ROWS.items():
-        records = [r for m in MODALITIES for r in results.records.get((m, name), {}).values() if r["starts"] == 1]
+        records = [r for m in MODALITIES for r in results.records.get((m, name), {}).values() if is_whole(r)]
         if records:
             wall, cpu = (
                 mean(record[key] for record in records) / 60 for key in ("train_seconds", "train_cpu_seconds")
             )
             rows.append([row.title, str(records[0]["settings"]["steps"]), f"{wall:.1f}", f"{cpu:.1f}"])
     return markdown_table(["one training, with its validations", "steps", "minutes", "CPU minutes"], rows)
+
+
+def is_whole(record: dict) -> bool:
+    """Whether the cost is that of the whole training: of what was interrupted, the seconds until then are lost."""
+    return record["starts"] == 1 and record["train_seconds"] > 0
+
+
+def task_table(results: Results) -> str:
+    """Hyper-parameters that the synthetic tasks set, by modality."""
+    tasks = {}
+    for (modality, _), seeds in results.records.items():
+        tasks[modality] = next(iter(seeds.values()))["settings"]["hyperparameters"]
+    names = [name for name in next(iter(tasks.values())) if name != "dplg_end_step"]  # of the task's own length
+    rows = [
+        [f"`{name}`", *(json.dumps(tasks[m].get(name)).strip('"') for m in MODALITIES if m in tasks)] for name in names
+    ]
+    return markdown_table(["", *(m for m in MODALITIES if m in tasks)], rows)
 
 
 def plot_curves(results: Results, path: Path) -> None:
@@ -244,10 +268,13 @@ def document(results: Results, folder: Path, pictures: str) -> str:
         num_trainings=len(everything),
         machines=", ".join(sorted({record["machine"] for record in everything})),
         dates=dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+        num_train=settings["num_train"],
+        num_eval=settings["num_eval"],
         flags=shlex.join([*common_flags(everything[0]), *settings["more_flags"]]),
+        task_table=task_table(results),
         row_flags={row.title: shlex.join(row.flags) or "none" for row in ROWS.values()},
-        parallel=everything[0]["parallel"],
-        threads=everything[0]["num_threads"],
+        parallel=", ".join(sorted({str(record["parallel"]) for record in everything})),
+        threads=", ".join(sorted({str(record["num_threads"]) for record in everything})),
     )
 
 

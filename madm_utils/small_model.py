@@ -1,6 +1,6 @@
 """A small, randomly initialised Stable Diffusion in diffusers layout, made of the real classes.
 
-It stands in for the gigabytes of the real weights in the demo, the tests and the benchmarks, and goes through the same
+It stands in for the gigabytes of the real weights in tests and benchmarks, and goes through the same
 loading code.
 """
 

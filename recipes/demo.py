@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ablation import ASSET, SMALL_NETWORK
 from madm_utils import cli
+from madm_utils.args import formatter, positive_int, seed
 from madm_utils.tasks import TASKS, load_task
 from recipes.demo_page import write_page
 
@@ -42,15 +43,17 @@ OPTIMISATION = ("--pseudo_label_threshold", "0.8")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags of the demo; `make demo` gives none."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     tasks = [name for name in TASKS if name.startswith("synthetic_")]
-    parser.add_argument("--task", choices=tasks, default="synthetic_to_infrared", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: %(default)s)")
-    parser.add_argument("--num_train", type=int, default=300, help="training images per domain (default: %(default)s)")
-    parser.add_argument("--num_test", type=int, default=60, help="labelled test images (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=2, help="image pairs per step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of training (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
+    parser.add_argument("--task", choices=tasks, default="synthetic_to_infrared", help="what to adapt to")
+    parser.add_argument("--steps", type=positive_int, default=150, help="training steps of each model")
+    parser.add_argument("--num_train", type=positive_int, default=300, help="training images per domain")
+    parser.add_argument("--num_test", type=positive_int, default=60, help="labelled test images")
+    parser.add_argument("--batch_size", type=positive_int, default=2, help="image pairs per step")
+    parser.add_argument("--seed", type=seed, default=42, help="of training")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/demo"), help="its earlier results are replaced"
+    )
     return parser.parse_args(argv)
 
 
@@ -122,11 +125,19 @@ def format_table(metrics: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def format_gain(metrics: dict[str, dict]) -> str:
+    """What adaptation brought, in mIoU."""
+    before, after = metrics["source-only"]["miou"], metrics["adapted"]["miou"]
+    return f"Adaptation: {after - before:+.2f} mIoU ({before:.2f} -> {after:.2f})"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the four steps."""
     args = parse_args(argv)
     out, seconds, started = args.output_dir, {}, time.monotonic()
-    for name in ("data", "base", "source_only", "adapted", "comparison.png", "index.html", "results.json"):
+    if out.is_file():
+        raise cli.UserError(f"--output_dir {out} is a file; give a folder")
+    for name in ("data", "source_only", "adapted", "comparison.png", "index.html", "results.json"):
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     data = out / "data"
     seconds["data"], prepared = call(
@@ -134,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("prepare_datasets.py", "--task", args.task, "--output_dir", data, "--num_train", args.num_train,
          "--num_test", args.num_test),
     )  # fmt: skip
+    # The teacher's noise ends half-way: of the few steps, enough are left without it.
     train = (
         "train_madm.py", "--task", args.task, "--data_dir", data,
         "--pretrained_model_name_or_path", os.path.relpath(ASSET), *SMALL_NETWORK, *OPTIMISATION,
@@ -173,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_page(out / "index.html", results, models, out / "comparison.png")
     print(f"\n{args.task}: {args.num_test} test images, {args.steps} steps of {args.batch_size}\n")
     print(format_table(metrics))
+    print(f"\n{format_gain(metrics)}")
     print(f"\n{seconds['total']:.0f} s in all. Open:")
     for path in (out / "index.html", out / "comparison.png", out / "results.json"):
         print(f"  {path}")

@@ -31,8 +31,9 @@ def write(folder: Path, modality: str, row: str, seed: int, miou: float, **chang
     record = {
         "modality": modality, "row": row, "seed": seed, "split": "test",
         "settings": {"steps": 100, "flags": ["--rank", "4", "--dplg_end_step", "50" if modality == "depth" else "80"],
-                     "row_flags": list(ROWS[row].flags), "more_flags": [], "num_train": 9, "num_eval": 9,
-                     "base_model": "abc", "scenes": "def"},
+                     "row_flags": list(ROWS[row].flags), "more_flags": [], "num_train": 9, "num_eval": 7,
+                     "hyperparameters": {"learning_rate": 3e-4, "lplr_loss": modality, "dplg_end_step": 7},
+                     "validations": 2, "base_model": "abc", "scenes": "def"},
         "miou": miou, "iou": {"sky": 90.0 + seed, "a|b": None}, "curve": [(50, miou - 2), (100, miou - 1)],
         "starts": 1, "train_seconds": 120.0, "train_cpu_seconds": 60.0, "parallel": 2,
         "num_threads": 1, "machine": "a machine", "date": f"2026-01-0{seed + 1}",
@@ -73,7 +74,9 @@ def test_tables(results, tmp_path):
     assert f"LoRA within 2 of full tuning on each | {gain}, {gain}, {gain} | **missed** |" in text
     assert "at least 60 mIoU on each | 62.0 ± 1.0, 62.0 ± 1.0, 62.0 ± 1.0 | met |" in text
     assert "| sky | 91 |" in text and "| MADM with LoRA | 100 | 2.0 | 1.0 |" in text
-    assert "    --rank 4\n" in text
+    assert "    --rank 4\n" in text and "9 training scenes per domain, 7 validation and 7 test scenes." in text
+    assert "| `learning_rate` | 0.0003 | 0.0003 | 0.0003 |\n| `lplr_loss` | depth | infrared | event |\n\n" in text
+    assert "2 trainings side by side, CPU threads of each: 1." in text
     assert "72 trainings, a machine, 2026-01-01 to 2026-01-03" in text
     assert Image.open(tmp_path / "docs/images/evidence_curves.png").width > 500
     late = tmp_path / "docs/images/evidence_depth_dplg_late.png"
@@ -106,6 +109,10 @@ def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
         path = results / modality / "madm/seed-0/result-test.json"
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"starts": 2, "train_seconds": 9e9, "curve": record["curve"][:1]}))
+    path = (
+        results / "depth/madm/seed-1/result-test.json"
+    )  # killed after its model was written, before its seconds were
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train_seconds": 0.0, "train_cpu_seconds": 0.0}))
     text = text_of(results, tmp_path)
     assert f"| {ROWS['madm'].title} | 100 | 2.0 | 1.0 |" in text
     assert "evidence_depth_dplg_late.png" in text and "evidence_depth_self-training" not in text
@@ -147,13 +154,28 @@ def test_errors(tmp_path):
     write(tmp_path, "depth", "madm", 1, 40.0)
     path = tmp_path / "depth/madm/seed-1/result-test.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"settings": record["settings"] | {"steps": 7}}))
+
+    def with_settings(path: Path, **changes) -> None:
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"settings": original | changes}))
+
+    original = record["settings"]
+    with_settings(path, steps=7)
     with pytest.raises(UserError, match="differ in steps: 100 and 7"):
         evidence.load(tmp_path)
-    other = record["settings"] | {"flags": ["--rank", "5", "--dplg_end_step", "50"]}
-    path.write_text(json.dumps(record | {"settings": other}))
+    with_settings(path, flags=["--rank", "4", "--dplg_end_step", "60"])
+    with pytest.raises(UserError, match="differ in flags: .*'50'. and .*'60'.; a table needs results of one suite"):
+        evidence.load(tmp_path)
+    with_settings(path, hyperparameters={"learning_rate": 2e-4})
+    with pytest.raises(UserError, match="differ in hyperparameters: .*0.0003.* and .*0.0002"):
+        evidence.load(tmp_path)
+    with_settings(path)
+    write(tmp_path, "event", "madm", 0, 40.0)  # hyper-parameters of its own, but no flags
+    evidence.load(tmp_path)
+    with_settings(tmp_path / "event/madm/seed-0/result-test.json", flags=["--rank", "5", "--dplg_end_step", "80"])
     with pytest.raises(UserError, match="differ in flags: .'--rank', '4'. and .'--rank', '5'."):
         evidence.load(tmp_path)
+    with_settings(tmp_path / "event/madm/seed-0/result-test.json")
     path.write_text(json.dumps(record | {"settings": record["settings"] | {"row_flags": ["--ema_decay", "0.9"]}}))
     with pytest.raises(
         UserError, match="seed-1 was trained with the row's flags .'--ema_decay', '0.9'., which now are"

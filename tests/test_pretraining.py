@@ -136,7 +136,7 @@ def test_script(tmp_path):
 
 
 def test_the_model_of_the_repository():
-    """It is what the script makes with its defaults, in its size, and loads like any Stable Diffusion."""
+    """Made with the script's defaults (of scenes that changed since), in its size; loads like any Stable Diffusion."""
     from diffusers import StableDiffusionPipeline
 
     weights = sorted(ASSET.rglob("*.safetensors"))
