@@ -383,13 +383,18 @@ def restore_lora(unet: UNet2DConditionModel, folder: Path, adapter: str) -> None
 
 
 def lora_state(unet: UNet2DConditionModel, adapter: str) -> dict[str, Tensor]:
-    """The adapter's tensors under the names of the diffusers file format; empty when there is no such adapter."""
+    """The adapter's tensors under names that diffusers reads from a file; empty when there is no such adapter."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     if adapter not in getattr(unet, "peft_config", {}):
         return {}
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))
+    state = get_peft_model_state_dict(unet, adapter_name=adapter)
+    # diffusers has names of its own for attention layers alone, and takes the form of a file's first name for that of
+    # all: an adapter of other layers too keeps peft's names everywhere.
+    renamed = convert_state_dict_to_diffusers(state)
+    if not any(".lora_A." in key for key in renamed):
+        state = renamed
     return {f"unet.{key}": value for key, value in state.items()}
 
 

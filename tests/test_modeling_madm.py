@@ -132,11 +132,11 @@ def test_what_trains():
 
 def test_lora_on_other_layers(images, tmp_path):
     """Convolutions and linear layers, found by the ends of their names; saved, loaded and restored like attention."""
-    layers = ["conv1", "ff.net.2"]
+    layers = ["conv_in", "conv1", "ff.net.2", "to_q"]
     model = new_model(TASK, "lora", rank=4, lora_layers=layers).eval()
     lora = {name.split(".lora_")[0] for name in trainable(model) if ".lora_" in name}
-    assert lora and all(name.endswith((".conv1", ".ff.net.2")) for name in lora)
-    assert {name.rsplit(".", 1)[1] for name in lora} == {"conv1", "2"}
+    assert all(name.endswith((".conv_in", ".conv1", ".ff.net.2", ".to_q")) for name in lora)
+    assert {name.rsplit(".", 1)[1] for name in lora} == {"conv_in", "conv1", "2", "to_q"}
     randomize_lora(model.unet)
     model.save_pretrained(tmp_path / "m", model.segmenter)
     again = new_model(TASK, "lora", rank=4, lora_layers=layers).eval()
@@ -208,9 +208,10 @@ def test_another_base_of_the_same_shape_is_refused(saved, tmp_path):
     check_base(base_signature(vae, scheduler, unet), expected, "rounded")
 
 
-def test_lora_loads_in_plain_diffusers(images, tmp_path):
-    """Same UNet output from a StableDiffusionPipeline, alpha included."""
-    model = new_model(TASK, "lora", rank=4, lora_alpha=16).eval()
+@pytest.mark.parametrize("layers", [None, ["conv1", "ff.net.2"], ["conv_in", "to_q"], ["to_q", "conv2"]])
+def test_lora_loads_in_plain_diffusers(layers, images, tmp_path):
+    """Same UNet output from a StableDiffusionPipeline, alpha included, whatever layer is the first in the file."""
+    model = new_model(TASK, "lora", rank=4, lora_alpha=16, lora_layers=layers).eval()
     randomize_lora(model.unet)
     model.save_pretrained(tmp_path / "m")
     pipe = StableDiffusionPipeline.from_pretrained(base_folder())
