@@ -77,6 +77,11 @@ class Row:
     """Trained on the labelled target instead of the source."""
 
 
+# The defaults of train_madm.py, spelled out so that every record says what LoRA it was.
+_LORA_LAYERS = (
+    "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,time_emb_proj,conv"
+)
+_LORA = ("--unet_tuning", "lora", "--rank", "32", "--lora_lr_multiplier", "10", "--lora_layers", _LORA_LAYERS)
 _NO_DPLG, _NO_LPLR = ("--dplg_timestep", "0"), ("--lplr_loss", "none")
 ROWS = {
     "source-only": Row("source only", ("--source_only", *_NO_LPLR)),
@@ -84,7 +89,7 @@ ROWS = {
     "dplg": Row("self-training + DPLG", _NO_LPLR),
     "lplr": Row("self-training + LPLR", _NO_DPLG),
     "madm": Row("MADM (DPLG + LPLR), full tuning"),
-    "madm-lora": Row("MADM with LoRA", ("--unet_tuning", "lora")),
+    "madm-lora": Row("MADM with LoRA", _LORA),
     "madm-random": Row("MADM from a random UNet", base="random"),
     "supervised": Row("supervised on the target", ("--source_only", *_NO_LPLR), on_target=True),
 }

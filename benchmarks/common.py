@@ -97,7 +97,7 @@ def build_model(
             with tempfile.TemporaryDirectory() as folder:
                 unet.save_pretrained(Path(folder) / "unet")
                 unet = load_unet(BaseModelReference(folder), frozen, quantization)
-        unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGET_MODULES)), adapter_name=task.modality)
+        unet.add_adapter(LoraConfig(r=32, target_modules=list(LORA_TARGET_MODULES)), adapter_name=task.modality)
     extractor = DiffusionFeatureExtractor(vae, unet, scheduler, resolution // 2 ** (levels - 1))
     config = segmenter_config(extractor, task.num_classes, **widths["head"])
     segmenter = Segmenter(**config, prompt_dim=unet.config.cross_attention_dim)

@@ -39,7 +39,12 @@ from madm_utils.tasks import Task
 # One UNet carries the adapters of several modalities on purpose.
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
-LORA_TARGET_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
+LORA_TARGET_MODULES = (
+    "to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv",
+)  # fmt: skip
+"""Ends of the names of all layers in the UNet's blocks. With those of its attention alone, a LoRA of any rank adapts
+less than the whole UNet does (docs/experiments.md)."""
 UNET_OUTPUT_LAYERS = ("conv_norm_out", "conv_out")
 
 
@@ -136,7 +141,7 @@ class MADMModel(nn.Module):
         task: Task,
         resolution: int,
         unet_tuning: str = "lora",
-        rank: int = 16,
+        rank: int = 32,
         lora_alpha: int | None = None,
         lora_layers: Sequence[str] | None = None,
         train_unet_output_layers: bool = False,

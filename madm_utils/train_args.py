@@ -82,12 +82,12 @@ def _add_model(group) -> None:
         "--quantize_base", choices=("nf4", "int8", "none"), default="none",
         help="store the frozen UNet under a LoRA in 4 or 8 bits (bitsandbytes, needs a GPU)",
     )  # fmt: skip
-    group.add_argument("--rank", type=positive_int, default=16, help="rank of the LoRA")
+    group.add_argument("--rank", type=positive_int, default=32, help="rank of the LoRA")
     group.add_argument("--lora_alpha", type=positive_int, help="alpha of the LoRA; default: the rank")
     group.add_argument(
         "--lora_layers", type=_comma_separated, metavar="NAME,NAME",
         help="layers of the UNet that the LoRA changes, by the ends of their names;"
-        " default: to_k,to_q,to_v,to_out.0, those of its attention",
+        " default: all in its blocks. to_k,to_q,to_v,to_out.0 are those of its attention",
     )  # fmt: skip
     group.add_argument(
         "--train_unet_output_layers", action="store_true",

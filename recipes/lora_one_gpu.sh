@@ -13,7 +13,7 @@ python prepare_datasets.py --task "$TASK" --raw_dir "$RAW" --output_dir "$DATA" 
 accelerate launch --config_file accelerate_configs/single_gpu.yaml train_madm.py \
     --task "$TASK" --data_dir "$DATA" --output_dir "$OUT" \
     --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \
-    --unet_tuning lora --rank 16 --learning_rate 5e-6 --lora_lr_multiplier 10 --head_lr_multiplier 10 \
+    --unet_tuning lora --rank 32 --learning_rate 5e-6 --lora_lr_multiplier 10 --head_lr_multiplier 10 \
     --mixed_precision bf16 --gradient_checkpointing \
     --train_batch_size 1 --gradient_accumulation_steps 2 --max_train_steps 10000 \
     --checkpointing_steps 1000 --checkpoints_total_limit 2 --validation_steps 500

@@ -1,5 +1,6 @@
 """The ablation runs the real scripts, keeps what is done, and says what is wrong."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 from filelock import FileLock
 
 from benchmarks.ablation import RESULTS_LOCK, ROWS, random_base, validation_curve
+from madm_utils.modeling_madm import LORA_TARGET_MODULES
 from madm_utils.small_model import build_small_stable_diffusion
+from madm_utils.train_args import train_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +103,25 @@ def test_rows_differ_by_what_they_are_called():
     assert has_dplg == {"dplg", "madm", "madm-lora", "madm-random"}
     assert has_lplr == {"lplr", "madm", "madm-lora", "madm-random"}
     assert {name for name, row in ROWS.items() if is_supervised(row)} == {"source-only", "supervised"}
+
+
+def test_the_lora_is_the_default_one():
+    flags = ROWS["madm-lora"].flags
+    explicit = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert explicit.pop("--lora_layers").split(",") == list(LORA_TARGET_MODULES)
+    needed = [
+        "--task",
+        "synthetic_to_depth",
+        "--data_dir",
+        "x",
+        "--pretrained_model_name_or_path",
+        "x",
+        "--output_dir",
+        "x",
+    ]
+    assert explicit.keys() == {"--unet_tuning", "--rank", "--lora_lr_multiplier"}
+    given = train_parser("").parse_args([*needed, *itertools.chain(*explicit.items())])
+    assert given == train_parser("").parse_args(needed)
 
 
 def is_supervised(row) -> bool:

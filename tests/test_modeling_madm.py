@@ -1,6 +1,7 @@
 """The model: structure, saving and loading, LoRA, and one message per broken folder."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -126,8 +127,11 @@ def test_what_trains():
     }
     lora = trainable(new_model(TASK, "lora"))
     assert {name for name in lora if name.startswith("extractor.")} == {name for name in lora if ".lora_" in name}
-    targets = {name.split(".lora_")[0].split("attn")[1].split(".", 1)[1] for name in lora if ".lora_" in name}
-    assert targets == set(LORA_TARGET_MODULES)
+    # Every convolution and linear layer of the blocks, and none beside them.
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    layers = {name for name, module in new_model(TASK).named_modules() if isinstance(module, kinds)}
+    blocks = {name for name in layers if re.match(r"extractor\.unet\.(down_blocks|mid_block|up_blocks)\.", name)}
+    assert {name.split(".lora_")[0] for name in lora if ".lora_" in name} == blocks
 
 
 def test_lora_on_other_layers(images, tmp_path):

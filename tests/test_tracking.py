@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_model import RESOLUTION, new_model, write_data, write_model
@@ -319,8 +320,8 @@ def test_banner_counts_what_trains(tmp_path, caplog):
     parts = {"conditioning": segmenter.conditioning, "projections": segmenter.projections, "head": segmenter.head}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     for model, rank in ((depth, 4), (event, 2)):
-        layers = [m for m in depth.unet.modules() if hasattr(m, "lora_A") and hasattr(m, "in_features")]
-        sizes["UNet LoRA"] = rank * sum(m.in_features + m.out_features for m in layers)
+        layers = [m for m in depth.unet.modules() if isinstance(m, BaseTunerLayer)]
+        sizes["UNet LoRA"] = rank * sum(m.weight[0].numel() + m.weight.shape[0] for m in layers)
         assert f"trainable parameters: {sum(sizes.values()):,} (" in caplog.text
         for name, size in sizes.items():
             assert size and f"{name} {size:,}" in caplog.text
