@@ -49,7 +49,7 @@ def with_lora(task_name: str = "synthetic_to_depth", **options) -> MADMModel:
     model = new_model(TASKS[task_name], "lora", rank=4, lora_alpha=16, **options)
     for name, parameter in model.unet.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.02)  # of all layers: a larger one makes rounding grow
     return model.eval()
 
 
@@ -297,11 +297,11 @@ def test_merged_and_8_bit_unets_are_close(saved, images):
         approximate(expected, merge=True)
         merged = expected(images).label_latent
         assert 0 < (merged - exact).abs().max() < 1e-4 * scale
-        for quantization, bound in (("int8", 0.1), ("fp8", 0.6)):
+        for quantization, bound in (("int8", 0.03), ("fp8", 0.2)):
             model = MADMModel.from_pretrained(saved / "lora")
             approximate(model, quantization=quantization)
             found = model(images).label_latent
-            assert 1e-4 * scale < (found - exact).abs().max() < bound * scale, quantization
+            assert 1e-4 * scale < (found - exact).square().mean().sqrt() < bound * scale, quantization
             bytes_per_weight = (
                 model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.element_size()
             )

@@ -236,7 +236,7 @@ def lora_gradients(unet, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def two_adapters():
-    unet = new_model(TASK, "lora").unet.double()
+    unet = new_model(TASK, "lora", rank=16).unet.double()
     unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGET_MODULES)), adapter_name="rgb")
     randomize_lora(unet)
     unet.enable_gradient_checkpointing()
