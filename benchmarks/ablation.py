@@ -171,12 +171,13 @@ def base_digest(folder: Path) -> str:
 def random_base(args: argparse.Namespace, seed: int) -> Path:
     """The base model with a UNet of random weights, others for every seed; VAE, text encoder and scheduler stay."""
     import filelock
-    import torch
-    from diffusers import UNet2DConditionModel
 
     folder = args.data_dir / f"random-base-{base_digest(args.base_model)}-{seed}"
 
     def write(target: Path) -> None:
+        import torch
+        from diffusers import UNet2DConditionModel  # under the lock: its lazy import fails in two threads at a time
+
         shutil.copytree(args.base_model, target, dirs_exist_ok=True)
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base_model / "unet"))
