@@ -3,7 +3,7 @@
 
     python benchmarks/ablation.py                                        # every row, modality and seed
     python benchmarks/ablation.py --rows source-only madm --modalities infrared --seeds 0
-    python benchmarks/ablation.py --split val --seeds 0 --flags "--rank 32" --output_dir outputs/search
+    python benchmarks/ablation.py --split val --seeds 0 --flags="--rank 64" --output_dir outputs/search
     python benchmarks/evidence.py                                         # docs/evidence.md from the result files
 
 It runs the real prepare_datasets.py, train_madm.py and eval_madm.py. Settings are chosen on validation scenes
@@ -56,6 +56,8 @@ OWNED = {
     "--source_only", "--unet_tuning",
 }  # fmt: skip
 """Flags of train_madm.py that `--flags` may not hold."""
+DEFINING = {"--dplg_timestep", "--lplr_loss"}
+"""Flags that `--flags` may hold only for rows that do not set them."""
 UNLABELLED, LABELLED = "unlabelled", "labelled"
 """Folders of data whose target training scenes have no labels, or have them."""
 DATA_LOCK, RESULTS_LOCK = ".data.lock", ".results.lock"
@@ -110,7 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--validations", type=non_negative_int, default=4, help="scores and pictures during a training"
     )
     parser.add_argument(
-        "--flags", type=shlex.split, default=[], help="more flags of train_madm.py, for all rows: --flags='--rank 32'"
+        "--flags", type=shlex.split, default=[], help="more flags of train_madm.py, for all rows: --flags='--rank 64'"
     )
     parser.add_argument("--parallel", type=positive_int, default=2, help="rows side by side")
     parser.add_argument("--num_threads", type=positive_int, default=1, help="CPU threads of each")
@@ -240,7 +242,7 @@ def run_row(args: argparse.Namespace, modality: str, name: str, seed: int) -> No
         task = ("--task_config", ceiling_task(args, modality))
     data = args.data_dir / data_of(row) / "prepared"
     base = random_base(args, seed) if row.base == "random" else args.base_model
-    flags = [*settings["flags"], *args.flags, *row.flags, "--seed", str(seed)]
+    flags = [*settings["flags"], *row.flags, *args.flags, "--seed", str(seed)]
     flags += ["--checkpointing_steps", str(max(1, settings["steps"] // 2))]
     if args.validations:
         flags += ["--validation_steps", str(max(1, settings["steps"] // args.validations)), "--validate_on", "val"]
@@ -312,6 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     owned = sorted({flag.split("=")[0] for flag in args.flags} & OWNED)
     if owned:
         raise UserError(f"--flags holds {', '.join(owned)}, which the ablation sets itself")
+    for name in args.rows:
+        clash = sorted({flag.split("=")[0] for flag in args.flags} & DEFINING & set(ROWS[name].flags))
+        if clash:
+            raise UserError(f"--flags holds {', '.join(clash)}, which is what the row '{name}' is made of")
     for folder in (args.data_dir, args.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(args.data_dir / DATA_LOCK):

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation import ASSET, MODALITIES, ROWS, base_digest
+from benchmarks.ablation import ASSET, MODALITIES, ROWS, Row, base_digest
 from benchmarks.common import ROOT, markdown_table
 from madm_utils.args import formatter
 from madm_utils.cli import UserError, quiet_libraries, run
@@ -228,24 +228,29 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def copy_pictures(results: Results, images: Path) -> str:
-    """Pictures of the first and last validation of one seed, with and without DPLG; returns their Markdown.
+    """Pictures of the first and last validation without and with DPLG, of one seed; returns their Markdown.
 
-    Where the training that drew one is gone, the copy that an earlier call made of it stays.
+    Where the trainings that drew them are gone, the copies that an earlier call made of them stay.
     """
     parts = []
     for modality in MODALITIES:
-        for name in ("self-training", "dplg"):
-            records = [r for _, r in sorted(results.records.get((modality, name), {}).items()) if r["curve"]]
-            for when, index in (("early", 0), ("late", -1)) if records else ():
-                step, _ = records[0]["curve"][index]
-                drawn = [record["folder"] / "training" / "validation" / f"step-{step}.png" for record in records]
-                source = next((path for path in drawn if path.exists()), None)
-                target = images / f"evidence_{modality}_{name}_{when}.png"
-                if source is not None:
-                    shutil.copy(source, target)
-                if target.exists():
-                    title = f"{modality}, {ROWS[name].title}, step {step}"
-                    parts.append(f"{title}:\n\n![{title}](images/{target.name})\n")
+        rows = [results.records.get((modality, name), {}) for name in ("self-training", "dplg")]
+        for seed in sorted(set.intersection(*map(set, rows))):
+            records = [seeds[seed] for seeds in rows]
+            pictures = {}  # target: what it shows, and where it was drawn
+            for record in records:
+                for when, index in (("early", 0), ("late", -1)) if record["curve"] else ():
+                    step, _ = record["curve"][index]
+                    target = images / f"evidence_{modality}_{record['row']}_seed-{seed}_{when}.png"
+                    title = f"{modality}, {ROWS[record['row']].title}, seed {seed}, step {step}"
+                    pictures[target] = title, record["folder"] / "training" / "validation" / f"step-{step}.png"
+            if not pictures or not all(drawn.exists() or target.exists() for target, (_, drawn) in pictures.items()):
+                continue
+            for target, (title, drawn) in pictures.items():
+                if drawn.exists():
+                    shutil.copy(drawn, target)
+                parts.append(f"{title}:\n\n![{title}](images/{target.name})\n")
+            break
     return "\n".join(parts)
 
 
@@ -272,10 +277,18 @@ def document(results: Results, folder: Path, pictures: str) -> str:
         num_eval=settings["num_eval"],
         flags=shlex.join([*common_flags(everything[0]), *settings["more_flags"]]),
         task_table=task_table(results),
-        row_flags={row.title: shlex.join(row.flags) or "none" for row in ROWS.values()},
+        row_settings={row.title: row_settings(row) for row in ROWS.values()},
         parallel=", ".join(sorted({str(record["parallel"]) for record in everything})),
         threads=", ".join(sorted({str(record["num_threads"]) for record in everything})),
     )
+
+
+def row_settings(row: Row) -> str:
+    """What a row adds to the settings of all, in words and flags."""
+    parts = ["the base model with a UNet of random weights"] if row.base == "random" else []
+    parts += ["trained on the labelled target"] if row.on_target else []
+    parts += [f"`{shlex.join(row.flags)}`"] if row.flags else []
+    return ", ".join(parts) or "nothing"
 
 
 def base_model_name(digest: str) -> str:

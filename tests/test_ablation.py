@@ -89,6 +89,8 @@ def test_errors(done, tmp_path):
     assert "mIoU" not in changed.stdout
     own = call(done, "--rows", "supervised", "--flags=--max_train_steps=9 --source_only")
     assert own.returncode == 2 and "--flags holds --max_train_steps, --source_only" in own.stderr
+    made_of = call(done, "--rows", "madm", "lplr", "--flags=--dplg_timestep=50 --rank 4")
+    assert made_of.returncode == 2 and "--flags holds --dplg_timestep, which is what the row 'lplr'" in made_of.stderr
     missing = call(done, "--base_model", tmp_path)
     assert missing.returncode == 2 and "holds no model" in missing.stderr
     with FileLock(done / "results" / RESULTS_LOCK):

@@ -79,7 +79,7 @@ def test_tables(results, tmp_path):
     assert "2 trainings side by side, CPU threads of each: 1." in text
     assert "72 trainings, a machine, 2026-01-01 to 2026-01-03" in text
     assert Image.open(tmp_path / "docs/images/evidence_curves.png").width > 500
-    late = tmp_path / "docs/images/evidence_depth_dplg_late.png"
+    late = tmp_path / "docs/images/evidence_depth_dplg_seed-0_late.png"
     assert Image.open(late).getpixel((0, 0))[0] == 100 and f"images/{late.name}" in text
 
 
@@ -102,7 +102,7 @@ def test_two_seeds_are_too_few_for_a_verdict(results, tmp_path):
 
 def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
     """Tables and curves need the records alone; a cost that is not of one go is not in the mean."""
-    shutil.rmtree(results / "depth/dplg/seed-0/training")
+    shutil.rmtree(results / "infrared/dplg/seed-0/training")
     for seed in range(3):
         shutil.rmtree(results / f"depth/self-training/seed-{seed}/training")
     for modality in MODALITIES:
@@ -115,7 +115,9 @@ def test_what_is_left_of_deleted_and_interrupted_trainings(results, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"train_seconds": 0.0, "train_cpu_seconds": 0.0}))
     text = text_of(results, tmp_path)
     assert f"| {ROWS['madm'].title} | 100 | 2.0 | 1.0 |" in text
-    assert "evidence_depth_dplg_late.png" in text and "evidence_depth_self-training" not in text
+    # pictures come in pairs: of infrared from another seed, of depth none
+    assert "images/evidence_depth" not in text and "images/evidence_infrared_dplg_seed-1_late.png" in text
+    assert "images/evidence_infrared_self-training_seed-1_early.png" in text and "infrared_dplg_seed-0" not in text
 
 
 def test_pictures_outlive_the_trainings(results, tmp_path):
