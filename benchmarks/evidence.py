@@ -235,23 +235,26 @@ def copy_pictures(results: Results, images: Path) -> str:
     parts = []
     for modality in MODALITIES:
         rows = [results.records.get((modality, name), {}) for name in ("self-training", "dplg")]
-        for seed in sorted(set.intersection(*map(set, rows))):
-            records = [seeds[seed] for seeds in rows]
-            pictures = {}  # target: what it shows, and where it was drawn
-            for record in records:
-                for when, index in (("early", 0), ("late", -1)) if record["curve"] else ():
-                    step, _ = record["curve"][index]
-                    target = images / f"evidence_{modality}_{record['row']}_seed-{seed}_{when}.png"
-                    title = f"{modality}, {ROWS[record['row']].title}, seed {seed}, step {step}"
-                    pictures[target] = title, record["folder"] / "training" / "validation" / f"step-{step}.png"
-            if not pictures or not all(drawn.exists() or target.exists() for target, (_, drawn) in pictures.items()):
-                continue
-            for target, (title, drawn) in pictures.items():
-                if drawn.exists():
-                    shutil.copy(drawn, target)
-                parts.append(f"{title}:\n\n![{title}](images/{target.name})\n")
-            break
+        seeds = [
+            [picture for row in rows for picture in pictures_of(row[seed], images)]
+            for seed in sorted(set.intersection(*map(set, rows)))
+        ]
+        for _, drawn, copy in next((p for p in seeds if p and all(drawn.exists() for _, drawn, _ in p)), ()):
+            shutil.copy(drawn, copy)
+        for title, _, copy in next((p for p in seeds if p and all(copy.exists() for _, _, copy in p)), ()):
+            parts.append(f"{title}:\n\n![{title}](images/{copy.name})\n")
     return "\n".join(parts)
+
+
+def pictures_of(record: dict, images: Path) -> list[tuple[str, Path, Path]]:
+    """Title, drawn file and copy of the first and last picture of a training; empty where it had no validations."""
+    pictures = []
+    for when, index in (("early", 0), ("late", -1)) if record["curve"] else ():
+        step, _ = record["curve"][index]
+        title = f"{record['modality']}, {ROWS[record['row']].title}, seed {record['seed']}, step {step}"
+        copy = images / f"evidence_{record['modality']}_{record['row']}_seed-{record['seed']}_{when}.png"
+        pictures.append((title, record["folder"] / "training" / "validation" / f"step-{step}.png", copy))
+    return pictures
 
 
 def document(results: Results, folder: Path, pictures: str) -> str:
@@ -265,6 +268,7 @@ def document(results: Results, folder: Path, pictures: str) -> str:
     return template.render(
         results=folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder,
         base_model=base_model_name(settings["base_model"]),
+        is_own_suite=settings["base_model"] == base_digest(ASSET) and not settings["more_flags"],
         main_table=main_table(results),
         goals=goals(results),
         class_tables={m: class_table(results, m) for m in MODALITIES if _has(results, m)},
@@ -275,7 +279,8 @@ def document(results: Results, folder: Path, pictures: str) -> str:
         dates=dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
         num_train=settings["num_train"],
         num_eval=settings["num_eval"],
-        flags=shlex.join([*common_flags(everything[0]), *settings["more_flags"]]),
+        flags=shlex.join(common_flags(everything[0])),
+        more_flags=shlex.join(settings["more_flags"]),
         task_table=task_table(results),
         row_settings={row.title: row_settings(row) for row in ROWS.values()},
         parallel=", ".join(sorted({str(record["parallel"]) for record in everything})),

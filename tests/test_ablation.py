@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def call(out: Path, *flags: object) -> subprocess.CompletedProcess:
     small = ("--num_train", 3, "--num_eval", 2, "--max_train_steps", 2, "--validations", 1, "--modalities", "infrared")
     small += ("--data_dir", out / "data", "--output_dir", out / "results", "--base_model", out / "base")
-    small += ("--flags", "--projection_channels 32 --head_channels 16 --rare_class_min_pixels 1")
+    small += ("--flags", "--projection_channels 32 --head_channels 16 --rare_class_min_pixels 1 --rank 4")
     command = [sys.executable, "benchmarks/ablation.py", *map(str, small + flags)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
@@ -30,7 +30,7 @@ def call(out: Path, *flags: object) -> subprocess.CompletedProcess:
 def done(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ablation")
     build_small_stable_diffusion(out / "base", (16, 32, 32, 32), (8, 16, 16), norm_groups=4)
-    result = call(out, "--rows", "supervised", "--seeds", 3)
+    result = call(out, "--rows", "supervised", "madm-lora", "--seeds", 3)
     assert result.returncode == 0, result.stderr + result.stdout
     return out
 
@@ -48,6 +48,11 @@ def test_results(done):
     assert found["train_cpu_seconds"] > 0 and found["starts"] == 1 and [step for step, _ in found["curve"]] == [2]
     assert (folder / "training/validation/step-2.png").is_file()
     assert json.loads((folder / "training/run.json").read_text())["task"]["source"] == "synthetic_infrared"
+
+
+def test_flags_override_those_of_a_row(done):
+    run = json.loads((done / "results/infrared/madm-lora/seed-3/training/run.json").read_text())
+    assert run["settings"]["rank"] == 4 and "32" in ROWS["madm-lora"].flags and run["settings"]["unet_tuning"] == "lora"
 
 
 def test_random_base_differs_in_the_unet_alone(done, tmp_path):

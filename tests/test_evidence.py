@@ -93,6 +93,15 @@ def test_what_was_not_run_is_said(results, tmp_path):
     assert "at least 8 on each | +14.00 ± 0.00, +14.00 ± 0.00, not run | not measured |" in text
 
 
+def test_flags_of_the_whole_suite(results, tmp_path):
+    for path in results.glob("*/*/seed-*/result-test.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"settings": record["settings"] | {"more_flags": ["--rank", "64"]}}))
+    text = text_of(results, tmp_path)
+    assert text.index("- MADM with LoRA: `--unet_tuning lora") < text.index("And all of them, last: `--rank 64`")
+    assert "experiments.md#" not in text  # reasons and remarks are those of the suite in the repository
+
+
 def test_two_seeds_are_too_few_for_a_verdict(results, tmp_path):
     (results / "depth/supervised/seed-1/result-test.json").unlink()
     text = text_of(results, tmp_path)
