@@ -52,7 +52,9 @@ def test_results(done):
 
 def test_flags_override_those_of_a_row(done):
     run = json.loads((done / "results/infrared/madm-lora/seed-3/training/run.json").read_text())
-    assert run["settings"]["rank"] == 4 and "32" in ROWS["madm-lora"].flags and run["settings"]["unet_tuning"] == "lora"
+    assert (
+        run["settings"]["rank"] == 4 and "32" in ROWS["madm-lora"].flags and run["settings"]["unet_tuning"] == "lora"
+    )
 
 
 def test_random_base_differs_in_the_unet_alone(done, tmp_path):
