@@ -196,7 +196,9 @@ def mixed_branch(
     # The student's pass comes last, so that its activations live beside nobody else's.
     with accelerator.autocast():
         output = model(latents=latents["mixed"])
-    shown |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits, "decoded": output.decoded}
+    shown |= {"mixed_logits": output.logits.detach(), "teacher_logits": teacher_logits}
+    if args.lplr_loss != "none":  # else nothing teaches it to show anything
+        shown["decoded"] = output.decoded
     losses = {"target_loss": pixel_cross_entropy(output.logits, mixed_label, mixed_weight, args.loss_average, across)}
     if args.lplr_loss == "both":
         region = valid_mask(mixed_label) * (weight if args.lplr_mask == "pseudo" else mixed_weight)[:, None]

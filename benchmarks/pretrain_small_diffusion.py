@@ -16,8 +16,7 @@ Stages, each of which is left out when its result lies in `--output_dir`:
     card     measure it on scenes it has not seen; pictures, numbers and the model card
 
 A stage that is interrupted goes on at its last saved state with the very numbers it would have drawn. The seed fixes
-everything on one CPU. Written for a CPU or one GPU; so far it has run
-on CPUs only.
+everything on one CPU. Written for a CPU or one GPU; so far it has run on CPUs only.
 """
 
 import argparse

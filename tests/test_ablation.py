@@ -51,10 +51,8 @@ def test_results(done):
 
 
 def test_flags_override_those_of_a_row(done):
-    run = json.loads((done / "results/infrared/madm-lora/seed-3/training/run.json").read_text())
-    assert (
-        run["settings"]["rank"] == 4 and "32" in ROWS["madm-lora"].flags and run["settings"]["unet_tuning"] == "lora"
-    )
+    settings = json.loads((done / "results/infrared/madm-lora/seed-3/training/run.json").read_text())["settings"]
+    assert settings["unet_tuning"] == "lora" and settings["rank"] == 4  # the row itself says 32
 
 
 def test_random_base_differs_in_the_unet_alone(done, tmp_path):

@@ -285,8 +285,13 @@ class RecordingAccelerator(Accelerator):
         super().backward(loss, **kwargs)
 
 
-def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list | None = None) -> tuple[dict, dict]:
-    """Scalars and gradients of one `adaptation_pass` on random images; `events` gets its forwards and backwards."""
+def pass_gradients(
+    tuning: str, checkpointing: bool, *flags: str, events: list | None = None, pictures: dict | None = None
+) -> tuple[dict, dict]:
+    """Scalars and gradients of one `adaptation_pass` on random images.
+
+    `events` gets its forwards and backwards, `pictures` what it gives to look at.
+    """
     torch.manual_seed(0)
     required = ["--data_dir", "d", "--output_dir", "o", "--pretrained_model_name_or_path", "b"]
     published = ["--pseudo_label_weight", "batch", "--lplr_mask", "pseudo"]
@@ -315,7 +320,9 @@ def pass_gradients(tuning: str, checkpointing: bool, *flags: str, events: list |
     model.register_forward_hook(lambda *_: accelerator.events.append("forward"))
     draws = train_madm.draw(batch["source_label"], label_classes(batch["source_label"]), 0, "stream", args)
     palette = palette_table(TASK.palette)
-    scalars, _ = train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, accelerator)
+    scalars, shown = train_madm.adaptation_pass(model, teacher, batch, draws, args, palette, accelerator)
+    if pictures is not None:
+        pictures |= shown
     return scalars, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -340,15 +347,22 @@ def test_each_branch_is_back_propagated_before_the_next():
 
 
 @pytest.mark.parametrize(
-    ("flags", "absent"),
+    ("choice", "losses", "shown"),
     [
-        (("--lplr_loss", "source"), {"lplr_target_loss"}),
-        (("--lplr_loss", "none"), {"lplr_source_loss", "lplr_target_loss"}),
+        (
+            "both",
+            {"lplr_source_loss", "lplr_target_loss"},
+            {"source_palette", "source_decoded", "mixed_palette", "decoded"},
+        ),
+        ("source", {"lplr_source_loss"}, {"source_palette", "source_decoded", "decoded"}),
+        ("none", set(), set()),
     ],
 )
-def test_latent_regression_switch(flags, absent):
-    scalars, _ = pass_gradients("full", False, *flags)
-    assert not absent & set(scalars)
+def test_latent_regression_switch(choice, losses, shown):
+    pictures = {}
+    scalars, _ = pass_gradients("full", False, "--lplr_loss", choice, pictures=pictures)
+    assert {name for name in scalars if "lplr" in name} == losses
+    assert {name for name in pictures if "decoded" in name or "palette" in name} == shown
 
 
 def test_output_layers_get_gradients_in_the_synchronising_branch():
