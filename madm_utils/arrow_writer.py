@@ -28,6 +28,7 @@ import numpy as np
 from madm_utils.cli import UserError
 from madm_utils.conversion import row_features
 from madm_utils.files import replace_folder, replacing
+from madm_utils.interruption import LastingInterrupt
 from madm_utils.prepared_data import METADATA_FILE, Metadata
 from madm_utils.raw_search import RawFile
 from madm_utils.split_plan import SplitPlan, json_digest
@@ -438,8 +439,14 @@ def _run(work: _Work, jobs: list[_Job], num_proc: int, progress: Any, tally: _Ta
     """Make all `jobs`, in this process or in `num_proc` others."""
     num_proc = min(num_proc, len(jobs))
     if num_proc <= 1:
-        for job in jobs:
-            tally.add(work.make(job, progress.update))
+        with LastingInterrupt() as interrupt:
+
+            def advance() -> None:
+                progress.update()
+                interrupt.check()
+
+            for job in jobs:
+                tally.add(work.make(job, advance))
         return
     counter, shown = SPAWN.Value("q", 0), 0
     with worker_pool(num_proc, (work, counter)) as pool:

@@ -60,6 +60,38 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class LastingInterrupt:
+    """While entered in the main thread, Ctrl-C cannot get lost: `check` raises it again.
+
+    It is raised wherever the program happens to be, and compiled code in which exceptions end unseen drops it:
+    numpy's `Generator.choice` does, and so does whatever closes a file that nobody refers to any more. A process that
+    was started to ignore Ctrl-C goes on ignoring it.
+    """
+
+    def __init__(self):
+        self._requested = False
+        self._before: object = None
+
+    def __enter__(self) -> "LastingInterrupt":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if Ctrl-C was pressed since entering."""
+        if self._requested:
+            raise KeyboardInterrupt
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        raise KeyboardInterrupt
+
+
 def ignore_stop_signals(worker_id: int) -> None:
     """`worker_init_fn` of a DataLoader: its workers go on, because a signal to the whole process group reaches them
     too, and the run needs them for the step that it is in. They end with the run."""
