@@ -248,6 +248,8 @@ class State:
     """Task -> step and score of the best validation."""
     corrupt_samples: list[str] = field(default_factory=list)
     """Images that could not be decoded, of all processes."""
+    unscored: list[str] = field(default_factory=list)
+    """Tasks whose validation of the newest step came to no score, e.g. because it was stopped."""
 
 
 def optimizer_step(run: Run, batches: Iterator, corrupt: set[str], accelerator: Accelerator) -> tuple[dict, dict]:
@@ -300,7 +302,11 @@ def train(
     done = runs[0].step * args.gradient_accumulation_steps
     streams = [log.loader.timed(skip_first_batches(run.batches, done)) for run in runs]
     corrupt = set(state.corrupt_samples)
+    for run in runs if runs[0].step < args.max_train_steps else ():
+        if run.name in state.unscored:  # made up for, so that no score is missing from the curve
+            look(run, {}, state, log, stop, accelerator)
     while runs[0].step < args.max_train_steps:
+        state.unscored = []
         for run, batches in zip(runs, streams, strict=True):
             scalars, pictures = optimizer_step(run, batches, corrupt, accelerator)
             last = run.step == args.max_train_steps
@@ -336,7 +342,9 @@ def look(
     if not run.args.validate_on:
         return
     run.scores = validate(run, run.args.validate_on, accelerator, stop=lambda: stop.received is not None)
-    if run.scores is not None:
+    if run.scores is None:
+        state.unscored.append(run.name)
+    else:
         log.validation(run.step, run.scores, run.name)
         best = state.best.get(run.name)
         if best is None or best["split"] != run.args.validate_on or run.scores["miou"] > best["miou"]:

@@ -127,7 +127,7 @@ _TARGET_ROW = {
 def training_grid(pictures: Mapping[str, "Tensor | int"], task: Task, cell_width: int = 256) -> Image.Image:
     """Show what went into the first pair of a training batch and what came out, MADM's parts at work.
 
-    First row: source image, prediction, label. Second row: target image, the teacher's label of it (DPLG), and the
+    First row: source image, prediction, label. Second row: target image, the teacher's label of it, and the
     mixed image with prediction and label. Both end with the label latent, decoded, and the palette image whose latent
     it regresses to (LPLR). What is absent is left out.
 
@@ -156,7 +156,8 @@ def _teacher_caption(pictures: Mapping[str, "Tensor | int"]) -> str:
     """How noisy the teacher's input was and how much its label of the first image counts."""
     text = ""
     if "teacher_timestep" in pictures:
-        text += f"; teacher at diffusion step {pictures['teacher_timestep']} (DPLG)"
+        timestep = pictures["teacher_timestep"]
+        text += f"; teacher at diffusion step {timestep}{' (DPLG)' if timestep else ''}"
     if "pseudo_label_weight" in pictures:
         text += f"; pseudo-label weight {float(pictures['pseudo_label_weight'][0].mean()):.3f}"
     return text

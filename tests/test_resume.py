@@ -180,6 +180,32 @@ def test_signals_and_a_full_disk(setup, whole, server, tmp_path):
     assert differences(whole[0], out) == []
 
 
+STOPPED_WHILE_VALIDATING = """
+import signal, sys
+import train_madm
+validate, met = train_madm.validate, []
+def stopped(*args, **options):
+    if not met:
+        met.append(signal.raise_signal(signal.SIGTERM))
+    return validate(*args, **options)
+train_madm.validate = stopped
+sys.exit(train_madm.main(sys.argv[1:]))
+"""
+
+
+def test_stopped_while_validating(setup, server, tmp_path):
+    """The score that was not reached is made up for: curve, best step and model are those of an uninterrupted run."""
+    setup = replace(setup, steps=3, more=("--validation_steps", "2", "--validate_on", "test"))
+    assert end(setup, tmp_path / "whole", server)[0] == 0
+    command = [sys.executable, "-c", STOPPED_WHILE_VALIDATING, *setup.flags(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 143 and "stopped by SIGTERM after step 2" in done.stdout, done.stderr
+    assert read_marker(tmp_path / "out/checkpoint-2")["state"]["unscored"] == [""]
+    assert '"validation"' not in (tmp_path / "out/training_log.jsonl").read_text()
+    assert end(setup, tmp_path / "out", server)[0] == 0
+    assert differences(tmp_path / "whole", tmp_path / "out") == []
+
+
 STOP_SIGNALS = """
 import os, signal, sys, time
 from madm_utils.interruption import StopSignals
