@@ -198,7 +198,8 @@ def test_stopped_while_validating(setup, server, tmp_path):
     setup = replace(setup, steps=3, more=("--validation_steps", "2", "--validate_on", "test"))
     assert end(setup, tmp_path / "whole", server)[0] == 0
     command = [sys.executable, "-c", STOPPED_WHILE_VALIDATING, *setup.flags(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}  # as the others
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread)
     assert done.returncode == 143 and "stopped by SIGTERM after step 2" in done.stdout, done.stderr
     assert read_marker(tmp_path / "out/checkpoint-2")["state"]["unscored"] == [""]
     assert '"validation"' not in (tmp_path / "out/training_log.jsonl").read_text()
